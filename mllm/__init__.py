@@ -18,6 +18,7 @@ _LAZY = {
     "ElasticProcessor": "mllm.processing.processor",
     "export": "mllm.checkpoints.load",
     "load": "mllm.checkpoints.load",
+    "load_router": "mllm.router.router",
     "register": "mllm.checkpoints.auto_classes",
     "train": "mllm.training.run",
 }

@@ -26,7 +26,7 @@ ORDER = [
         "testing",
     ),
     *("kv_cache", "model", "data", "processing", "checkpoints"),
-    *("convert", "inference", "training", "evaluation", "vllm_plugin", "serving", "page"),
+    *("convert", "router", "inference", "training", "evaluation", "vllm_plugin", "serving", "page"),
     *("lip_crops", "lmms", "synthetic", "real", "commands", "cli"),
 ]
 STRANGERS = [

@@ -8,6 +8,8 @@
     frames=8            frames shown of each video whose frames are images
     image<=280          the image is seen smaller, so that it has at most so many tokens before any is pooled
     total<=256          a cap over all media of one request: the largest allowed split wins
+    auto                what a router chooses for this request; its goals, and caps in other units, are in
+                        `budget/automatic.py`
 
 An image that is cut into tiles costs image=n tokens per tile, and a video of images video=n per frame. `image<=280`
 counts all tiles together, and goes with `image=n`: `image=64,image<=280` sees at most 280 and shows 64 of every tile.
@@ -19,6 +21,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal
+
+from mllm.budget.automatic import GOALS, LIMITS, Auto, Limit, is_automatic, read_automatic
 
 MEDIA = ("image", "audio", "video")
 FORMS = "a count (64), a rate (/4), tokens per second (12.5/s) or max"
@@ -73,13 +77,19 @@ def _decimal(value: Fraction) -> str:
 
 @dataclass(frozen=True)
 class Budget:
-    """Amounts by medium, caps on tiles, on the sum and on what is seen, and frames. `Budget.parse(str(b)) == b`."""
+    """Amounts by medium, caps on tiles, on the sum and on what is seen, and frames. `Budget.parse(str(b)) == b`.
+
+    With `auto` a router chooses the amounts, and with `limits` they are the dearest that keep to caps in other units;
+    either is resolved to a budget without them before anything is counted, see `mllm.router`.
+    """
 
     amounts: Mapping[str, Amount] = field(default_factory=dict)
     total_tokens: int | None = None
     max_tiles: int | None = None
     num_frames: int | None = None
     max_image_tokens: int | None = None
+    auto: Auto | None = None
+    limits: tuple[Limit, ...] = ()
 
     def __hash__(self) -> int:
         return hash(str(self))
@@ -93,7 +103,9 @@ class Budget:
         """
         amounts: dict[str, Amount] = {}
         numbers: dict[str, int] = {}
-        for item in filter(None, (part.strip() for part in text.split(","))):
+        items = list(filter(None, (part.strip() for part in text.split(","))))
+        auto, limits = read_automatic(text, [item for item in items if is_automatic(item)])
+        for item in (item for item in items if not is_automatic(item)):
             word = next((word for word in _NUMBERS if item.startswith(word) and _is_number(item, word)), None)
             if word is not None:
                 numbers[word] = _number(item, word, numbers)
@@ -102,13 +114,16 @@ class Budget:
             if not equals or medium not in MEDIA:
                 raise ValueError(
                     f"budget item {item!r} must be medium=amount (media: {', '.join(MEDIA)}), image<=N, total<=N, "
-                    "tiles<=N or frames=N"
+                    f"tiles<=N, frames=N, auto, or {'<=N, '.join(LIMITS)}<=N"
                 )
             if medium in amounts:
                 raise ValueError(f"budget {text!r} names {medium} twice")
             amounts[medium] = Amount.parse(amount)
+        if auto is not None and (fixed := [*amounts, *(["frames"] if "frames" in numbers else [])]):
+            raise ValueError(f"budget {text!r} names {fixed[0]} beside auto, which chooses it; leave one of them out")
         ordered = {m: amounts[m] for m in MEDIA if m in amounts}
-        return cls(ordered, *(numbers.get(word) for word in ("total", "tiles", "frames", "image")))
+        values = (numbers.get(word) for word in ("total", "tiles", "frames", "image"))
+        return cls(ordered, *values, auto=auto, limits=limits)
 
     @classmethod
     def of(cls, value: "BudgetInput") -> "Budget":
@@ -121,6 +136,7 @@ class Budget:
             return value
         if isinstance(value, Mapping):
             signs = {name: sign for name, (sign, _) in _NUMBERS.items() if name not in MEDIA}
+            signs |= {**GOALS, **LIMITS}
             return cls.parse(",".join(f"{key}{signs.get(key, '=')}{amount}" for key, amount in value.items()))
         if isinstance(value, str):
             if value.strip().isdigit():
@@ -129,14 +145,21 @@ class Budget:
         raise ValueError(_say_the_medium(value))
 
     def __str__(self) -> str:
-        items = [f"{medium}={self.amounts[medium]}" for medium in MEDIA if medium in self.amounts]
+        items = [] if self.auto is None else [str(self.auto)]
+        items += [f"{medium}={self.amounts[medium]}" for medium in MEDIA if medium in self.amounts]
         values = {
             "image": self.max_image_tokens,
             "tiles": self.max_tiles,
             "frames": self.num_frames,
             "total": self.total_tokens,
         }
-        return ",".join(items + [f"{name}{_NUMBERS[name][0]}{n}" for name, n in values.items() if n is not None])
+        items += [f"{name}{_NUMBERS[name][0]}{n}" for name, n in values.items() if n is not None]
+        return ",".join([*items, *map(str, self.limits)])
+
+    @property
+    def is_open(self) -> bool:
+        """Tell whether it must be resolved before tokens can be counted, by a router or by what budgets cost."""
+        return self.auto is not None or bool(self.limits)
 
     @property
     def media(self) -> set[str]:
@@ -152,6 +175,8 @@ class Budget:
             self.max_tiles if "image" in media else None,
             self.num_frames if "video" in media else None,
             self.max_image_tokens if "image" in media else None,
+            self.auto,
+            self.limits,
         )
 
 

@@ -306,16 +306,36 @@ def count_tokens(extents: Sequence[Extent], budget: Budget, space: Space) -> lis
     then video, and then the one with more tiles and frames.
 
     Raises:
-        ValueError: a medium the model does not take, an amount that cannot be met, or a cap that nothing meets.
+        ValueError: a medium the model does not take, an amount that cannot be met, a cap that nothing meets, or a
+            budget that has not been resolved.
     """
+    if budget.is_open:
+        raise ValueError(
+            f"budget {str(budget)!r} says no amounts; it is resolved for one request at a time, where questions are "
+            "answered"
+        )
     for extent in extents:
-        if extent.medium not in space.media:
-            allowed = ", ".join(space.media) or "text only"
-            raise ValueError(f"this model does not take {extent.medium}; it takes {allowed}")
+        _check_medium(extent, space)
     space.check(budget)
     if budget.total_tokens is None:
         return [_count_of(extent, budget, space) for extent in extents]
     return _best_split(extents, budget, space)
+
+
+def choices_of(extent: Extent, budget: Budget, space: Space) -> list[TokenCount]:
+    """List what one medium may take under a cap, each count once: its trained amounts unless the budget names one.
+
+    Raises:
+        ValueError: a medium the model does not take, or an amount that cannot be met.
+    """
+    _check_medium(extent, space)
+    return list(dict.fromkeys(counts[0] for counts in _choices([extent], budget, space)))
+
+
+def _check_medium(extent: Extent, space: Space) -> None:
+    if extent.medium not in space.media:
+        allowed = ", ".join(space.media) or "text only"
+        raise ValueError(f"this model does not take {extent.medium}; it takes {allowed}")
 
 
 def _count_of(extent: Extent, budget: Budget, space: Space) -> TokenCount:

@@ -30,8 +30,8 @@ class Settings(LongAudioOptions, ModelOptions):
     video: list[str] = field(default_factory=list)
     """A video file; may be given several times."""
     budget: str = ""
-    """Soft tokens, e.g. "image=64", "audio=/4,video=/2" or "total<=256"; when left out the most the model was trained
-    on."""
+    """Soft tokens, e.g. "image=64", "audio=/4,video=/2", "total<=256", or "auto", which a fitted router chooses; when
+    left out the most the model was trained on."""
     num_beams: int = 1
     """Number of beams; 1 is greedy. Beams are deterministic, and the LLM's generation config, which may sample, is not
     followed."""
@@ -62,8 +62,10 @@ def run(settings: Settings) -> int:
     """Answers, and says what was used."""
     from mllm.checkpoints.load import load_for
     from mllm.commands.terminal import console, quiet_loading
+    from mllm.evaluation.request_costs import ModelCosts
     from mllm.inference.answerer import Answerer, Decoding
     from mllm.media import MediaLoader
+    from mllm.router.router import router_for
 
     decoding = Decoding(
         settings.num_beams,
@@ -76,7 +78,16 @@ def run(settings: Settings) -> int:
     quiet_loading()
     model, processor = load_for(settings)
     loader = MediaLoader(gray=True, max_mismatch_seconds=settings.max_mismatch_seconds, limits=settings.limits)
-    answerer = Answerer(model, processor, decoding, loader=loader, long_audio=settings.read_long_audio())
+    folder = settings.model_folder
+    answerer = Answerer(
+        model,
+        processor,
+        decoding,
+        loader=loader,
+        long_audio=settings.read_long_audio(),
+        router=router_for(folder, [Budget.parse(settings.budget)]),
+        request_costs=ModelCosts(model, processor, folder),
+    )
     files = {"image": settings.image, "audio": settings.audio, "video": settings.video}
     if len(settings.text) > 1:
         ask_all = partial(answerer.answer_questions, settings.text, **files, budget=settings.budget)
@@ -92,20 +103,26 @@ def run(settings: Settings) -> int:
         answers = [ask(on_text=_writer(), timed=settings.timing)]
         sys.stdout.write("\n")
     sys.stdout.flush()
-    for line in facts(answers):
+    for line in facts(answers, is_open=Budget.parse(settings.budget).is_open):
         console(stderr=True).print(line)
     return 0
 
 
-def facts(answers: Sequence["Answer"]) -> list[str]:
-    """Writes lines about answers to questions about the same files: the tokens of each, and the timing of all."""
+def facts(answers: Sequence["Answer"], *, is_open: bool) -> list[str]:
+    """Writes lines about answers to questions about the same files: the tokens of each, and the timing of all.
+
+    Args:
+        is_open: their budgets were chosen for them, and are told.
+    """
     lines = []
     for answer in answers:
         used = ", ".join(f"{medium} {count}" for medium, count in answer.tokens.items()) or "none"
         trained = "" if answer.is_trained else " (this budget was not trained)"
         shared = f" ({answer.num_shared_tokens} of them shared)" if answer.num_shared_tokens else ""
         prompt = f"prompt {answer.num_prompt_tokens}{shared}"
-        lines.append(f"soft tokens: {used}{trained}; {prompt}, answer {answer.num_new_tokens}")
+        before = ", ".join(str(one.budget) for one in answer.discarded)
+        chosen = f" at {answer.budget}{f', after {before}' if before else ''}" if is_open else ""
+        lines.append(f"soft tokens: {used}{chosen}{trained}; {prompt}, answer {answer.num_new_tokens}")
     if (time := answers[0].timing) is not None:
         of = f" of all {len(answers)} together" if len(answers) > 1 else ""
         lines.append(

@@ -73,7 +73,7 @@ def run(settings: Settings) -> int:
     quiet_loading()
     device = "cpu" if settings.use_cpu else device_of_rank()
     chat = ElasticChat(
-        pretrained=settings.model,
+        pretrained=str(settings.model_folder),
         budget=settings.parsed_budgets,
         batch_size=settings.batch_size,
         device=device,

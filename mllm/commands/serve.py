@@ -18,6 +18,7 @@ from mllm.utils.signals import sigterm_as_exit
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mllm.router.router import Router
     from mllm.serving.server import Server, ServerSettings
 
 SUMMARY = "Serve a model over HTTP, in the form of OpenAI's API."
@@ -38,7 +39,8 @@ class Settings(LongAudioOptions, ModelOptions):
     """File that holds the key that clients must send; the environment variable MLLM_API_KEY when left out, and no key
     where there is neither."""
     budget: str = ""
-    """The budget of media that a request says nothing of; the most the model was trained on when left out."""
+    """The budget of media that a request says nothing of, or "auto"; the most the model was trained on when left
+    out."""
     max_budget: str = ""
     """The most that a request may ask for, e.g. "image=64,audio=/4" or "total<=256"."""
     requests: RequestLimits = field(default_factory=RequestLimits)
@@ -95,6 +97,7 @@ class Settings(LongAudioOptions, ModelOptions):
                 "sources": bool(self.sources),
                 "merge_adapter": self.merge_adapter,
                 "use_cpu": self.use_cpu,
+                "budget auto": Budget.parse(self.budget).auto is not None,
                 "batching (all but batching.max_rows)": self.batching != Batching(max_rows=self.batching.max_rows),
             }
         if unread := [name for name, is_set in values.items() if is_set]:
@@ -238,4 +241,20 @@ def server_settings(settings: Settings) -> "ServerSettings":
         decoder_bytes=settings.decoder_mib * 2**20,
         cache_bytes=settings.cache_mib * 2**20,
         languages=tuple(settings.languages),
+        router=_router_of(settings),
+        model_folder=settings.model_folder,
     )
+
+
+def _router_of(settings: Settings) -> "Router | None":
+    """Load the router of the model, if it has one that this engine can ask.
+
+    Raises:
+        FileNotFoundError: there is none, and the budget says auto.
+        ValueError: it was fitted for another model.
+    """
+    from mllm.router.router import FILE, load_router
+
+    is_auto = Budget.parse(settings.budget).auto is not None
+    has_router = settings.engine == "mllm" and (settings.model_folder / FILE).is_file()
+    return load_router(settings.model_folder) if is_auto or has_router else None

@@ -1,5 +1,6 @@
 """Holds what a user writes to describe an evaluation. Plain dataclasses; knows no torch, so that `--help` is quick."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -109,8 +110,7 @@ class EvaluationConfig(LongAudioOptions, ModelOptions):
     @property
     def set_names(self) -> list[str]:
         """A short name for each manifest: its file's, or its path where two files have the same."""
-        stems = [Path(path).stem for path in self.manifest]
-        return stems if len(set(stems)) == len(stems) else list(self.manifest)
+        return set_names_of(self.manifest)
 
     @property
     def output_folder(self) -> Path:
@@ -118,3 +118,9 @@ class EvaluationConfig(LongAudioOptions, ModelOptions):
         if self.out is not None:
             return Path(self.out)
         return self.results_folder(EVALUATION) / (self.name or "")
+
+
+def set_names_of(manifests: Sequence[str]) -> list[str]:
+    """Return a short name for each manifest: its file's, or its path where two files have the same."""
+    stems = [Path(path).stem for path in manifests]
+    return stems if len(set(stems)) == len(stems) else list(manifests)

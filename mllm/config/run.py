@@ -137,24 +137,47 @@ class SamplerConfig:
     points: list[str] = field(default_factory=list)
     """Lists the budgets of the mode `points`, e.g. ["audio=/4,video=/2", "audio=/16,video=/5"]."""
     distill_weight: float | None = None
-    """Weighs, of the mode `sandwich`, the distance of a smaller budget's answers to the largest budget's; the rest of
-    its loss is the distance to the labels. 0.5 when left out, 0 switches it off."""
+    """Weighs, where there is a teacher, the distance of a budget's answers to the teacher's; the rest of its loss is
+    the distance to the labels. 0.5 when left out, 0 switches it off."""
+    teacher: Literal["step", "frozen"] | None = None
+    """Chooses the teacher: the largest budget in the same step (`step`; mode `sandwich` has it when left out), or a
+    frozen copy of what trains, as train.start_from left it, at the largest budget (`frozen`; of the modes `random` and
+    `all`), from which the largest budget learns too."""
 
     def __post_init__(self) -> None:
         if (self.mode == "points") != bool(self.points):
             raise ValueError(f"sampler.points go with sampler.mode points and only with it; mode is {self.mode!r}")
-        if self.distill_weight is not None and self.mode != "sandwich":
-            raise ValueError(f"sampler.distill_weight goes with sampler.mode sandwich only; mode is {self.mode!r}")
-        if self.distill_weight is not None and not 0 <= self.distill_weight <= 1:
-            raise ValueError(f"sampler.distill_weight is {self.distill_weight}; it must be in 0..1")
+        self._check_teacher()
         if self.num_budgets is None:
             object.__setattr__(self, "num_budgets", default_num_budgets(self.mode, len(self.points)))
-        if self.mode == "sandwich" and self.distill_weight is None:
+        if (self.mode == "sandwich" or self.has_frozen_teacher) and self.distill_weight is None:
             object.__setattr__(self, "distill_weight", 0.5)
+
+    def _check_teacher(self) -> None:
+        if self.teacher == "step" and self.mode != "sandwich":
+            raise ValueError(f"sampler.teacher step goes with sampler.mode sandwich only; mode is {self.mode!r}")
+        if self.has_frozen_teacher and self.mode not in ("random", "all"):
+            raise ValueError(f"sampler.teacher frozen goes with sampler.mode random or all; mode is {self.mode!r}")
+        if self.distill_weight is None:
+            return
+        if self.mode != "sandwich" and not self.has_frozen_teacher:
+            raise ValueError(
+                "sampler.distill_weight goes with sampler.mode sandwich or sampler.teacher frozen only; mode is "
+                f"{self.mode!r}"
+            )
+        if not 0 <= self.distill_weight <= 1:
+            raise ValueError(f"sampler.distill_weight is {self.distill_weight}; it must be in 0..1")
+        if self.has_frozen_teacher and self.distill_weight == 0:
+            raise ValueError("sampler.distill_weight is 0, so sampler.teacher frozen would teach nobody; leave it out")
+
+    @property
+    def has_frozen_teacher(self) -> bool:
+        """Tell whether all budgets learn from a frozen copy of what trains."""
+        return self.teacher == "frozen"
 
     @property
     def distills(self) -> bool:
-        """Tell whether smaller budgets learn from the largest."""
+        """Tell whether budgets learn from a teacher."""
         return bool(self.distill_weight)
 
     @property
@@ -303,6 +326,7 @@ class RunConfig:
                 "train.loss_kernel is liger, which gives no logits for sampler.distill_weight to compare; use torch or "
                 "sampler.distill_weight 0"
             )
+        self._check_frozen_teacher()
         if self.train.start_from is not None and self.data.captions:
             raise ValueError("train.start_from and data.captions both say where projectors start; give one of them")
         if self.model.dtype != "float32" and self.train.precision != self.model.dtype:
@@ -315,6 +339,20 @@ class RunConfig:
                 raise ValueError(f"sampler.points holds {budget!r}, but model.{min(missing)} is not set")
         if self.train.validate_every and not self.data.validation:
             raise ValueError("train.validate_every is set, but data.validation names no manifest")
+
+    def _check_frozen_teacher(self) -> None:
+        if not self.sampler.has_frozen_teacher:
+            return
+        if self.train.start_from is None and self.model.host is None:
+            raise ValueError(
+                "sampler.teacher is frozen, but an untrained model has nothing to teach: name in train.start_from the "
+                "run whose answers at the largest budget are to be kept"
+            )
+        if "llm" in self.parts:
+            raise ValueError(
+                "sampler.teacher is frozen, but train.parts holds llm, of which the teacher would be a second copy in "
+                "memory; leave llm out"
+            )
 
     def _check_data(self) -> None:
         if self.data.host_answer_tokens is not None and self.model.host is None:

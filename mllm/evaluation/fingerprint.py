@@ -11,14 +11,16 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any
 
-from mllm.checkpoints.load import TRAINABLES
+from mllm.checkpoints.model_files import fingerprint_of_model
 from mllm.config.evaluation import EvaluationConfig
 from mllm.data.manifest import Sample
+from mllm.evaluation.bench import RESULTS as BENCH
+from mllm.router.router import FILE as ROUTER
+from mllm.router.router import WEIGHTS as ROUTER_WEIGHTS
 from mllm.utils.files import digest_of_file
-from mllm.utils.run_paths import CONFIG, PROCESSOR, run_of
+from mllm.utils.run_paths import CONFIG
 
 BY_CONTENT = ("model", "checkpoint", "sources", "manifest", "noise", "seed")
 """Settings that name something whose content counts in their place; the seed is that of the noise."""
@@ -36,16 +38,6 @@ NEVER_IN_ANSWERS = {
     "use_cpu": "says where the same sums are done",
 }
 """Settings that no answer depends on, and why."""
-UNREAD_SUFFIXES = (".csv", ".jsonl", ".lock", ".log", ".md", ".png", ".yaml")
-UNREAD_FILES = (
-    "bench.json",
-    "demo.json",
-    "manifest.json",
-    "optimizer.safetensors",
-    "trainer_state.json",
-    "training.json",
-)
-"""Files beside a model that are not read to answer: of its training, of demos, of measurements."""
 
 
 def fingerprint_of(settings: EvaluationConfig, sets: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
@@ -61,31 +53,22 @@ def fingerprint_of(settings: EvaluationConfig, sets: Mapping[str, Sequence[Sampl
     noise = None if settings.noise is None else {"file": digest_of_file(settings.noise), "seed": settings.seed}
     paths = dict(zip(settings.set_names, settings.manifest, strict=True))
     return {
-        "model": {file.name: digest_of_file(file) for file in files_of_model(settings.model_folder)},
+        "model": fingerprint_of_model(settings.model_folder),
         "sources": _undigested_parts(settings),
         "manifests": {name: _digest_of_set(settings, paths[name], samples) for name, samples in sets.items()},
         "noise": noise,
+        **_choosing_files(settings),
         **{key: value for key, value in asdict(settings).items() if key in others},
     }
 
 
-def files_of_model(folder: Path) -> list[Path]:
-    """Lists the files of a run, a checkpoint or an exported model that loading it may read, by name.
-
-    Frozen parts in other folders are named in config.json with their digests, which loading compares.
-    """
-    files = _read_in(folder)
-    run = run_of(folder)
-    if run != folder and not (folder / PROCESSOR).is_file():
-        # A checkpoint is used with the processor of its run, whose finished model is another one.
-        checkpoint_names = {CONFIG, TRAINABLES, *(file.name for file in files)}
-        files += [file for file in _read_in(run) if file.name not in checkpoint_names]
-    return sorted(files, key=lambda file: file.name)
-
-
-def _read_in(folder: Path) -> list[Path]:
-    files = (file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
-    return [file for file in files if file.suffix not in UNREAD_SUFFIXES and file.name not in UNREAD_FILES]
+def _choosing_files(settings: EvaluationConfig) -> dict[str, str]:
+    """Digest the files that open budgets are resolved by, where there are such budgets."""
+    budgets, folder = settings.parsed_budgets, settings.model_folder
+    names = [ROUTER, ROUTER_WEIGHTS] if any(budget.auto is not None for budget in budgets) else []
+    if any(limit.unit == "ms" for budget in budgets for limit in budget.limits):
+        names.append(BENCH)
+    return {name: digest_of_file(folder / name) for name in names if (folder / name).is_file()}
 
 
 def _undigested_parts(settings: EvaluationConfig) -> dict[str, str]:

@@ -24,11 +24,13 @@ from mllm.evaluation.fingerprint import fingerprint_of
 from mllm.evaluation.flops import cost_problem
 from mllm.evaluation.plot import PLOT, plot_pareto
 from mllm.evaluation.report import Results, summarise
+from mllm.evaluation.request_costs import ModelCosts
 from mllm.evaluation.scorers.registry import BENCHMARKS
 from mllm.evaluation.sweep import Sweep
 from mllm.evaluation.work_list import Work, plan
 from mllm.inference.answerer import Answerer
 from mllm.media import Audio, load_audio
+from mllm.router.router import router_for
 from mllm.transforms.noise import MixNoise
 from mllm.utils.files import digest_of_file, write_text_whole
 from mllm.utils.run_paths import RUN_CONFIG, run_of
@@ -49,8 +51,8 @@ def evaluate(settings: EvaluationConfig, *, progress: Progress | None = None) ->
         The results on the first process, None on the others.
 
     Raises:
-        ValueError: see `plan`, `AnswerStore.claim` and `check_noise`.
-        FileNotFoundError: no such model or manifest.
+        ValueError: see `plan`, `AnswerStore.claim`, `check_noise` and `router_for`.
+        FileNotFoundError: no such model or manifest, or no router for `auto`.
     """
     from accelerate import PartialState
 
@@ -99,6 +101,7 @@ def _answerer(settings: EvaluationConfig, device: Any) -> Answerer:
     from mllm.inference.answerer import Decoding
 
     model, processor = load_for(settings, device=device)
+    folder = settings.model_folder
     return Answerer(
         model,
         processor,
@@ -111,6 +114,8 @@ def _answerer(settings: EvaluationConfig, device: Any) -> Answerer:
         settings.batch_size,
         long_audio=settings.read_long_audio(),
         constant_prompt=settings.constant_prompt,
+        router=router_for(folder, settings.parsed_budgets),
+        request_costs=ModelCosts(model, processor, folder),
     )
 
 

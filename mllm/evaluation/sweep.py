@@ -17,7 +17,7 @@ from itertools import groupby
 from mllm.budget import Budget
 from mllm.data.manifest import Sample
 from mllm.evaluation.answer_store import AnswerStore, Line
-from mllm.evaluation.flops import attention_flops, published_flops, row_cost
+from mllm.evaluation.flops import attention_flops, llm_flops, published_flops, row_cost
 from mllm.evaluation.scorers.registry import BENCHMARKS
 from mllm.evaluation.work_list import Work, references_of, untrained_message
 from mllm.inference.answerer import Answer, Answerer, is_trained
@@ -123,6 +123,9 @@ class Sweep:
         Raises:
             ValueError: the row cannot meet it, is longer with it than the LLM reads, or it is untrained and refused.
         """
+        if budget.is_open:
+            self.answerer.chooser.choose(row, budget)
+            return
         space = self.answerer.processor.space
         counts = row.token_counts(budget, space)
         check_length(row, counts, self.answerer.processor.context_tokens)
@@ -133,9 +136,10 @@ class Sweep:
         samples, media = [item.work.sample for item in items], [item.media for item in items]
         batch = self.answerer.processor.batch(samples, media, for_training=False)
         of_rows = [[budget] * len(items) for budget in budgets]
-        for answers in self.answerer.answer_in_parts(batch, of_rows, max_rows=self.max_rows):
+        parts = self.answerer.answer_in_parts(batch, of_rows, max_rows=self.max_rows)
+        for budget, answers in zip(budgets, parts, strict=True):
             for item, row, answer in zip(items, batch.rows, answers, strict=True):
-                yield self._line(item, row, answer)
+                yield self._line(item, row, answer, budget)
 
     def _answer_windows(self, items: Sequence[Loaded], budgets: Sequence[Budget]) -> Iterator[Line]:
         """Yields one line per budget and sample about long audio that is the same for all; see `_joined_line`."""
@@ -144,19 +148,21 @@ class Sweep:
         by_budget = self.answerer.answer_windows(samples, windows, of_samples, max_rows=self.max_rows)
         for number, item in enumerate(items):
             rows = self._rows([Loaded(item.work, window.media) for window in windows])
-            for answers in by_budget:
-                yield self._joined_line(item, rows, answers[number])
+            for budget, answers in zip(budgets, by_budget, strict=True):
+                yield self._joined_line(item, rows, answers[number], budget)
 
-    def _joined_line(self, item: Loaded, rows: Sequence[EncodedSample], answers: Sequence[Answer]) -> Line:
+    def _joined_line(
+        self, item: Loaded, rows: Sequence[EncodedSample], answers: Sequence[Answer], budget: Budget
+    ) -> Line:
         """Makes the line of a sample that was answered window by window; tokens and cost are those of all windows."""
         lines = [
-            self._line(Loaded(item.work, window.media), row, answer)
+            self._line(Loaded(item.work, window.media), row, answer, budget)
             for window, row, answer in zip(item.windows, rows, answers, strict=True)
         ]
         costs = [line["cost"] for line in lines]
-        whole = self._line(item, rows[0], join_answers(item.windows, answers))
+        whole = self._line(item, rows[0], join_answers(item.windows, answers), budget)
         cost = None if None in costs else {key: sum(of_window[key] for of_window in costs) for key in costs[0]}
-        return whole | {"seconds": round(item.windows[-1].stop, 3), "cost": cost}
+        return whole | {"seconds": round(item.windows[-1].stop, 3), "cost": cost} | _served(budget, answers)
 
     def _load(self, work: Work) -> list[Window]:
         return load_windows(
@@ -165,7 +171,7 @@ class Sweep:
             self.answerer.long_audio,
             loader=self.loader,
             noise=self._noise_of(work),
-            budgets=work.budgets,
+            budgets=[one for budget in work.budgets for one in self.answerer.chooser.candidates(budget, work.media)],
         )
 
     def _noise_of(self, work: Work) -> Callable[[Audio], Audio] | None:
@@ -182,15 +188,18 @@ class Sweep:
         media = [item.media for item in items]
         return self.answerer.processor.batch(samples, media, for_training=False, with_values=False).rows
 
-    def _line(self, item: Loaded, row: EncodedSample, answer: Answer) -> Line:
+    def _line(self, item: Loaded, row: EncodedSample, answer: Answer, budget: Budget) -> Line:
         return {
-            **_facts(item.work, answer.budget),
+            **_facts(item.work, budget),
+            **_served(budget, [answer]),
             "hypothesis": answer.text,
             "is_trained": answer.is_trained,
             "tokens": dict(answer.tokens),
             "prompt_tokens": answer.num_prompt_tokens,
             "new_tokens": answer.num_new_tokens,
             "is_cut": answer.is_cut,
+            "min_probability": round(answer.min_probability, 6),
+            "mean_log_probability": round(answer.mean_log_probability, 6),
             "seconds": _seconds(row),
             "cost": self._cost(item, row, answer),
         }
@@ -199,7 +208,18 @@ class Sweep:
         """Computes FLOPs by part and bytes of cache, of the sample asked alone; None for a model without a formula.
 
         What it shared with other questions about its media is counted whole, so that no figure depends on company.
+        Answers that a router discarded count, but for the media that were encoded once for all of them.
         """
+        costs = [self._cost_of_one(item, row, one) for one in (*answer.discarded, answer)]
+        if costs[0] is None:
+            return None
+        known = [cost for cost in costs if cost is not None]
+        summed = {key: sum(cost[key] for cost in known) for key in known[0]}
+        encoded_again = sum(cost["encoder"] for cost in known[:-1])
+        last = {key: known[-1][key] for key in ("encoder", "kv_bytes")}
+        return summed | last | {"total": summed["total"] - encoded_again}
+
+    def _cost_of_one(self, item: Loaded, row: EncodedSample, answer: Answer) -> dict[str, int] | None:
         config = self.answerer.model.config
         cost = row_cost(
             self.answerer.model,
@@ -213,14 +233,25 @@ class Sweep:
         if cost is None:
             return None
         parts = {part: getattr(cost, part) for part in ("encoder", "compressor", "prefill", "decode")}
-        prompt = answer.num_prompt_tokens
+        text, kept = config.text_config, answer.num_kept_tokens
+        known = llm_flops(text, num_tokens=kept, num_logits=0, adapter=config.adapter)
+        read = answer.num_prompt_tokens - kept
         return {
             **parts,
-            "total": cost.total,
-            "published": published_flops(config.text_config, num_tokens=prompt, adapter=config.adapter),
-            "attention": attention_flops(config.text_config, num_tokens=prompt),
+            "prefill": cost.prefill - known,
+            "total": cost.total - known,
+            "published": published_flops(text, num_tokens=read, adapter=config.adapter),
+            "attention": attention_flops(text, num_tokens=read, past_tokens=kept),
             "kv_bytes": cost.kv_bytes,
         }
+
+
+def _served(budget: Budget, answers: Sequence[Answer]) -> Line:
+    """Tells what an open budget became: those of all windows, and how many answers were discarded on the way."""
+    if not budget.is_open:
+        return {}
+    served = dict.fromkeys(str(answer.budget) for answer in answers)
+    return {"served": ";".join(served), "num_discarded": sum(len(answer.discarded) for answer in answers)}
 
 
 def _seconds(row: EncodedSample) -> float | None:

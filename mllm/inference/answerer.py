@@ -11,16 +11,20 @@ alone or in a batch, whatever the LLM's generation config says.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mllm.budget import Budget, BudgetInput
+from mllm.budget import Budget, BudgetInput, TokenCount
 from mllm.config.long_audio import LongAudio
 from mllm.data.manifest import Sample
-from mllm.inference.decoding import Decoding, end_ids_of, generate_options, has_no_end, up_to_end
+from mllm.inference.automatic import answer_open, encode_batch
+from mllm.inference.decoding import Decoding, generate_answers
 from mllm.inference.grouping import group_by, number_per_batch
+from mllm.inference.growth import GrowingPrompt, grows, num_kept, num_soft, positions_of
 from mllm.inference.long_audio import Window, join_answers, lengths_of, load_windows
 from mllm.inference.progressive import ProgressiveSession
 from mllm.inference.reading import read_request
@@ -28,9 +32,12 @@ from mllm.inference.request import DEFAULT_PROMPTS, Answer, Files, is_trained, r
 from mllm.inference.timing import stopwatch
 from mllm.kv_cache.system_prompt import SystemPrompt
 from mllm.media import MediaLoader
-from mllm.model.modeling import ElasticForConditionalGeneration
-from mllm.processing.batch import Batch
+from mllm.model.modeling import ElasticForConditionalGeneration, Features
+from mllm.processing.batch import Batch, EncodedSample
 from mllm.processing.processor import ElasticProcessor
+from mllm.router.choice import BudgetChooser, RequestCosts
+from mllm.router.policy import MAX_GROWTHS
+from mllm.router.router import Router
 
 __all__ = [
     "DEFAULT_PROMPTS",
@@ -58,6 +65,9 @@ class Answerer:
         long_audio: how to read audio longer than its encoder's window; refused by default.
         constant_prompt: keep what the LLM reads of the text that all prompts begin with, from one batch to the next
             (see `mllm.kv_cache.system_prompt`).
+        router: chooses where a budget says `auto` (see `mllm.router`).
+        request_costs: what requests take in other units than tokens, for budgets such as `flops<=2e12`.
+        max_growths: how often `auto` may discard an answer for one at a larger budget; 0 chooses once, before any.
 
     Raises:
         ValueError: a constant prompt with a static cache, or windows that do not go with the model's audio encoder.
@@ -70,6 +80,9 @@ class Answerer:
     loader: MediaLoader | None = None
     long_audio: LongAudio = field(default_factory=LongAudio)
     constant_prompt: bool = False
+    router: Router | None = field(default=None, repr=False)
+    request_costs: RequestCosts | None = field(default=None, repr=False)
+    max_growths: int = MAX_GROWTHS
     _constant: SystemPrompt = field(default_factory=SystemPrompt, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -79,6 +92,23 @@ class Answerer:
             raise ValueError("constant_prompt is true with static_cache; a static cache cannot take over another")
         if self.long_audio.mode == "chunk":
             lengths_of(self.long_audio, self.processor)  # before any sample fails for it
+
+    @property
+    def chooser(self) -> BudgetChooser:
+        """What resolves open budgets."""
+        return BudgetChooser(
+            self.model,
+            self.processor,
+            self.router,
+            self.request_costs,
+            self.max_growths,
+            kept_tokens=self._kept_tokens if grows(self.model, self.processor, self.decoding) else None,
+        )
+
+    def _kept_tokens(self, row: EncodedSample, before: Sequence[TokenCount], after: Sequence[TokenCount]) -> int:
+        """Counts the soft tokens that a prompt with larger counts has in common with one with smaller ones."""
+        positions = [positions_of(row, counts, self.processor, is_nested=True) for counts in (before, after)]
+        return sum(num_soft(positions[1][: num_kept(*positions)]).values())
 
     def answer(
         self,
@@ -98,8 +128,8 @@ class Answerer:
             image, audio, video: one or several; in the prompt images stand before audio before videos, all before
                 the text. Where the budget names audio and there is none, the audio of the video files is used.
             budget: see `mllm.budget`; a text, or amounts by medium.
-            on_text: called with each piece of the answer as soon as it is there; all at once with beams, or about
-                audio in windows, whose answers are joined first.
+            on_text: called with each piece of the answer as soon as it is there; all at once with beams, with an open
+                budget, whose first answer may be discarded, or about audio in windows, whose answers are joined first.
             timed: measure; on a GPU this makes the host wait at each phase.
 
         Raises:
@@ -147,7 +177,13 @@ class Answerer:
         timed: bool = False,
     ) -> list[Answer]:
         samples, windows, budget = read_request(
-            files, texts, budget, self.processor, loader=self.loader, long_audio=self.long_audio
+            files,
+            texts,
+            budget,
+            self.processor,
+            loader=self.loader,
+            long_audio=self.long_audio,
+            chooser=self.chooser,
         )
         if len(windows) > 1:
             parts = self.answer_windows(samples, windows, [[budget] * len(samples)], timed=timed)
@@ -225,7 +261,9 @@ class Answerer:
         return ProgressiveSession(self.model, self.processor, self.decoding, image, budget, loader=self.loader)
 
     def _load(self, sample: Sample, budgets: Sequence[Budget]) -> list[Window]:
-        return load_windows(sample, self.processor, self.long_audio, loader=self.loader, budgets=budgets)
+        media = [part.medium for part in sample.media]
+        possible = [one for budget in budgets for one in self.chooser.candidates(budget, media)]
+        return load_windows(sample, self.processor, self.long_audio, loader=self.loader, budgets=possible)
 
     def answer_samples(self, samples: Sequence[Sample], budgets: Sequence[BudgetInput]) -> list[Answer]:
         """Answers conversations, each at its budget; a last assistant message is left out, and answered instead.
@@ -268,7 +306,6 @@ class Answerer:
             }
         return [answers[number] for number in range(len(rows))]
 
-    @torch.no_grad()
     def answer_batch(
         self,
         batch: Batch,
@@ -278,6 +315,8 @@ class Answerer:
         timed: bool = False,
     ) -> list[list[Answer]]:
         """Answers every row of a batch at several budgets, its media encoded once.
+
+        Open budgets are resolved first, each row by itself (see `mllm.inference.automatic`).
 
         Rows that show the same items at one budget, at the same position behind the same text, are read once up to
         where their questions begin (see `mllm.kv_cache.shared_prefix`).
@@ -292,23 +331,50 @@ class Answerer:
         Raises:
             ValueError: a budget a row cannot meet; the sample is named.
         """
+        if not any(budget.is_open for of_rows in budgets for budget in of_rows):
+            return self._answer_settled(batch, budgets, on_text=on_text, timed=timed)
+        features, encoder_ms = encode_batch(self.model, batch, timed=timed)
+
+        def begin_growing(row: EncodedSample) -> Callable[[Budget], Answer]:
+            prompt = GrowingPrompt(self.model, self.processor, self.decoding, row, features)
+            return partial(prompt.answer, timed=timed)
+
+        settled = partial(self._answer_settled, features=features, timed=timed)
+        answers = answer_open(Batch(batch.rows), budgets, self.chooser, settled, begin_growing)
+        if on_text is not None:
+            on_text(answers[0][0].text)
+        return [[_with_encoding(answer, encoder_ms) for answer in of_rows] for of_rows in answers]
+
+    @torch.no_grad()
+    def _answer_settled(
+        self,
+        batch: Batch,
+        budgets: Sequence[Sequence[Budget]],
+        *,
+        features: Mapping[str, Features] | None = None,
+        on_text: Callable[[str], None] | None = None,
+        timed: bool = False,
+    ) -> list[list[Answer]]:
+        """Answers as `answer_batch` does, at budgets none of which is open.
+
+        Args:
+            features: of the media, where they have been encoded; the batch then needs no values.
+        """
         can_share = not self.decoding.static_cache and self.processor.shares_beginnings
         expanded = self.processor.expand(batch, budgets, left_padding=True, share_prefixes=can_share)
-        inputs = {key: value.to(self.model.device) for key, value in expanded.inputs.items()}
+        inputs: dict[str, Any] = {key: value.to(self.model.device) for key, value in expanded.inputs.items()}
         is_shared = "prefix_index" in inputs
         constant, num_prefills = None, 2 if is_shared else 1
         if self.constant_prompt:
             placeholders = self.processor.placeholder_ids.values()
             constant = self._constant.of_batch(self.model.model.language_model, expanded.inputs, placeholders)
             num_prefills += constant is not None and constant.cache is None
-        options = generate_options(self.model, self.processor, self.decoding, on_text)
-        with stopwatch(self.model, timed, num_prefills=num_prefills) as watch, self.decoding.seeded():
-            ids = self.model.generate(**inputs, **options, constant_prompt=constant)
-        end_ids = end_ids_of(self.model, self.processor, self.decoding)
-        new_ids = [up_to_end(new, end_ids) for new in ids[:, inputs["input_ids"].shape[1] :].tolist()]
+        with stopwatch(self.model, timed, num_prefills=num_prefills) as watch:
+            inputs |= {"constant_prompt": constant, "features": features}
+            generated = generate_answers(self.model, self.processor, self.decoding, inputs, on_text)
         prompt_lengths = expanded.inputs["attention_mask"].sum(dim=1).tolist()
-        shared = _shared_tokens(expanded.inputs) if is_shared else [0] * len(new_ids)
-        texts = self.processor.batch_decode(new_ids, skip_special_tokens=True)
+        shared = _shared_tokens(expanded.inputs) if is_shared else [0] * len(generated)
+        texts = self.processor.batch_decode([one.ids for one in generated], skip_special_tokens=True)
         if on_text is not None and self.decoding.num_beams > 1:
             on_text(texts[0].strip())
         flat_budgets = [budget for row_budgets in budgets for budget in row_budgets]
@@ -320,16 +386,25 @@ class Answerer:
                 tokens=tokens_by_medium([span.extent for span in row.spans], counts),
                 is_trained=is_trained([span.extent for span in row.spans], counts, self.processor.space),
                 num_prompt_tokens=length,
-                num_new_tokens=len(new),
+                num_new_tokens=len(one.ids),
                 timing=watch.timing(),
                 num_shared_tokens=num_shared,
-                is_cut=has_no_end(new, end_ids),
+                is_cut=not one.has_end,
+                min_probability=one.min_probability,
+                mean_log_probability=one.mean_log_probability,
             )
-            for text, budget, row, counts, length, new, num_shared in zip(
-                texts, flat_budgets, rows, expanded.token_counts, prompt_lengths, new_ids, shared, strict=True
+            for text, budget, row, counts, length, one, num_shared in zip(
+                texts, flat_budgets, rows, expanded.token_counts, prompt_lengths, generated, shared, strict=True
             )
         ]
         return [answers[start : start + len(batch.rows)] for start in range(0, len(answers), len(batch.rows))]
+
+
+def _with_encoding(answer: Answer, encoder_ms: float) -> Answer:
+    """Adds the time that the media of a batch took to encode before its first pass."""
+    if answer.timing is None:
+        return answer
+    return replace(answer, timing=replace(answer.timing, encoder_ms=answer.timing.encoder_ms + encoder_ms))
 
 
 def _shared_tokens(inputs: Mapping[str, Tensor]) -> list[int]:

@@ -1,17 +1,18 @@
-"""Decides how the tokens of an answer are chosen, and says it as the arguments of transformers' `generate`.
+"""Decides how the tokens of an answer are chosen, says it as the arguments of transformers' `generate`, and runs it.
 
 Knows options, their limits, and which tokens end an answer. Does not know media or budgets.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers import LogitsProcessorList, TextStreamer
 
 from mllm.config.model import check_at_least
+from mllm.inference.confidence import TokenProbabilities, confidence_of
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing.processor import ElasticProcessor
 
@@ -139,6 +140,54 @@ def generate_options(
         suppressed_ids=model.config.unsaid_ids,
         streamer=None if on_text is None else WordStreamer(processor.tokenizer, on_text),
     )
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Holds the tokens of one answer up to its end, and how probable they were.
+
+    Args:
+        ids: the end token included.
+        has_end: false where the model had not ended when `max_new_tokens` were there.
+        min_probability: the smallest probability of any of the tokens, in [0, 1].
+        mean_log_probability: the mean of their log-probabilities, at most 0.
+    """
+
+    ids: list[int]
+    has_end: bool
+    min_probability: float
+    mean_log_probability: float
+
+
+def generate_answers(
+    model: ElasticForConditionalGeneration,
+    processor: ElasticProcessor,
+    decoding: Decoding,
+    inputs: Mapping[str, Any],
+    on_text: Callable[[str], None] | None = None,
+) -> list[Generated]:
+    """Generate one answer per row.
+
+    Args:
+        inputs: what `generate` takes of prompts and media; `input_ids` (B, S) among it.
+        on_text: called with the pieces of a greedy or sampled answer as they come.
+    """
+    ends = end_ids_of(model, processor, decoding)
+    # A beam search goes on with the best of so many tokens of all its beams together, so no beam gives more of them.
+    num_candidates = decoding.num_beams * max(2, 1 + len(ends)) if decoding.num_beams > 1 else 0
+    probabilities = TokenProbabilities(num_candidates)
+    options = generate_options(model, processor, decoding, on_text)
+    with decoding.seeded():
+        output = model.generate(
+            **inputs, **options, logits_processor=LogitsProcessorList([probabilities]), return_dict_in_generate=True
+        )
+    num_prompt_tokens = inputs["input_ids"].shape[1]
+    of_tokens = probabilities.of_answers(output.sequences, num_prompt_tokens, getattr(output, "beam_indices", None))
+    answers = []
+    for ids, of_ids in zip(output.sequences[:, num_prompt_tokens:].tolist(), of_tokens.tolist(), strict=True):
+        new = up_to_end(ids, ends)
+        answers.append(Generated(new, not has_no_end(new, ends), *confidence_of(of_ids[: len(new)])))
+    return answers
 
 
 class WordStreamer(TextStreamer):

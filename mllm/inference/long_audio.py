@@ -98,10 +98,12 @@ def _can_be_cut(sample: Sample, processor: ElasticProcessor) -> bool:
 
 
 def join_answers(windows: Sequence[Window], answers: Sequence[Answer]) -> Answer:
-    """Joins the answers about each window; tokens and milliseconds are those of all together."""
+    """Joins the answers about each window; tokens, milliseconds and probabilities are those of all together."""
     overlaps = [before.stop - after.start for before, after in pairwise(windows)]
     tokens = {medium: sum(answer.tokens.get(medium, 0) for answer in answers) for medium in MEDIA}
     timings = [answer.timing for answer in answers if answer.timing is not None]
+    num_new_tokens = sum(answer.num_new_tokens for answer in answers)
+    log_probability = sum(answer.mean_log_probability * answer.num_new_tokens for answer in answers)
     return replace(
         answers[0],
         text=join_transcripts([answer.text for answer in answers], max(overlaps, default=0.0)),
@@ -109,7 +111,10 @@ def join_answers(windows: Sequence[Window], answers: Sequence[Answer]) -> Answer
         is_trained=all(answer.is_trained for answer in answers),
         is_cut=any(answer.is_cut for answer in answers),
         num_prompt_tokens=sum(answer.num_prompt_tokens for answer in answers),
-        num_new_tokens=sum(answer.num_new_tokens for answer in answers),
+        num_new_tokens=num_new_tokens,
         num_shared_tokens=sum(answer.num_shared_tokens for answer in answers),
         timing=Timing(*(sum(getattr(one, phase) for one in timings) for phase in PHASES)) if timings else None,
+        discarded=(),
+        min_probability=min(answer.min_probability for answer in answers),
+        mean_log_probability=log_probability / num_new_tokens,
     )

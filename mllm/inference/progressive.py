@@ -11,7 +11,6 @@ and what it read of the question is not.
 Shapes: m, M soft tokens before and after growing, H the LLM's hidden size, V its vocabulary.
 """
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -19,10 +18,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from mllm.budget import Budget, BudgetInput, TokenCount
-from mllm.inference.decoding import Decoding, end_ids_of, generate_options, has_no_end, up_to_end
+from mllm.inference.decoding import Decoding, generate_answers
 from mllm.inference.reading import read_request, samples_about
 from mllm.inference.request import Answer, Files, is_trained, tokens_by_medium
 from mllm.kv_cache.beam import spread
+from mllm.kv_cache.copies import copy_of
 from mllm.kv_cache.names import cache_argument
 from mllm.media import MediaLoader
 from mllm.model.media_arguments import SIZE_KEYS, VALUE_KEYS
@@ -138,27 +138,29 @@ class ProgressiveSession:
         behind = ids[self.num_kept_tokens : -1]  # `generate` reads the last one itself
         # A question of which nothing is read here is read by `generate`, in its first pass, with every beam.
         reads = self._unread.shape[1] > 0 or (decoding.num_beams > 1 and len(behind) > 0)
-        cache = self._read(behind)[1] if reads else _copy(self._cache)
+        cache = self._read(behind)[1] if reads else copy_of(self._cache)
         if decoding.num_beams > 1:
             cache = spread(cache, decoding.num_beams)
         prompt = torch.tensor([ids], device=self._model.device)
-        options = {**self._expert_inputs(), **generate_options(self._model, processor, decoding)}
-        with decoding.seeded():
-            ids_with_prompt = self._model.generate(
-                input_ids=prompt, attention_mask=torch.ones_like(prompt), **cache_argument(cache), **options
-            )
-        end_ids = end_ids_of(self._model, processor, decoding)
-        new = up_to_end(ids_with_prompt[0, len(ids) :].tolist(), end_ids)
+        inputs = {
+            "input_ids": prompt,
+            "attention_mask": torch.ones_like(prompt),
+            **cache_argument(cache),
+            **self._expert_inputs(),
+        }
+        generated = generate_answers(self._model, processor, decoding, inputs)[0]
         extents = [span.extent for span in row.spans]
         return Answer(
-            text=processor.batch_decode([new], skip_special_tokens=True)[0].strip(),
+            text=processor.batch_decode([generated.ids], skip_special_tokens=True)[0].strip(),
             budget=self.budget,
             tokens=tokens_by_medium(extents, [self._count]),
             is_trained=is_trained(extents, [self._count], processor.space),
             num_prompt_tokens=len(ids),
-            num_new_tokens=len(new),
+            num_new_tokens=len(generated.ids),
             num_shared_tokens=self.num_read_tokens,
-            is_cut=has_no_end(new, end_ids),
+            is_cut=not generated.has_end,
+            min_probability=generated.min_probability,
+            mean_log_probability=generated.mean_log_probability,
         )
 
     @torch.no_grad()
@@ -201,7 +203,7 @@ class ProgressiveSession:
         start = self.num_read_tokens
         embeds = torch.cat([self._unread, self._words(behind)], dim=1)
         end = start + embeds.shape[1]
-        cache = _copy(self._cache)
+        cache = copy_of(self._cache)
         output = self._model(
             inputs_embeds=embeds,
             attention_mask=torch.ones(1, end, dtype=torch.int64, device=embeds.device),
@@ -213,7 +215,7 @@ class ProgressiveSession:
         )
         if self._unread.shape[1]:
             # The question is behind the image: cropping it off leaves what every later question shares.
-            self._cache = _copy(cache)
+            self._cache = copy_of(cache)
             self._cache.crop(-len(behind))
             self._unread = self._unread[:, :0]
         return output.logits[0, -1], cache
@@ -227,10 +229,3 @@ class ProgressiveSession:
         assert list(row.ids[:start]) == self._before
         assert row.ids[start] == processor.placeholder_ids[MEDIUM]
         return [*self._before, *[processor.pad_id] * self._count.tokens, *row.ids[start + 1 :]], row
-
-
-def _copy(cache: DynamicCache) -> DynamicCache:
-    """Copies a cache that grows by itself. Appending makes new tensors, so those that are there are not copied."""
-    copied = DynamicCache()
-    copied.layers = [copy.copy(layer) for layer in cache.layers]
-    return copied

@@ -14,6 +14,7 @@ from mllm.inference.request import DEFAULT_PROMPTS, Files, request, with_audio_o
 from mllm.media import MediaError, MediaLoader
 from mllm.processing.processor import ElasticProcessor
 from mllm.processing.requests import Request, fitting_budget
+from mllm.router.choice import BudgetChooser
 
 
 class Questions(NamedTuple):
@@ -45,6 +46,7 @@ def read_request(
     *,
     loader: MediaLoader | None = None,
     long_audio: LongAudio | None = None,
+    chooser: BudgetChooser | None = None,
 ) -> Questions:
     """Reads several questions about the same files and loads their media once.
 
@@ -53,6 +55,7 @@ def read_request(
         texts: one per question; None asks the default question about these media.
         loader: limits and decoders other than the default ones.
         long_audio: how to read audio longer than its encoder's window; refused when None.
+        chooser: tells which budgets an open one may become.
 
     Raises:
         MediaError: a file that is missing or cannot be read, by the name the user gave it.
@@ -63,9 +66,11 @@ def read_request(
     requests = requests_about(with_audio_of_videos(files, budget), texts, processor)
     samples, (_, names, media_at_hand) = [request.sample for request in requests], requests[0]
     fitting_budget(budget, samples)
+    media = [part.medium for part in samples[0].media]
+    budgets = [budget] if chooser is None else chooser.candidates(budget, media)
     try:
         windows = load_windows(
-            samples[0], processor, long_audio or LongAudio(), loader=loader, budgets=[budget], in_memory=media_at_hand
+            samples[0], processor, long_audio or LongAudio(), loader=loader, budgets=budgets, in_memory=media_at_hand
         )
     except MediaError as error:
         name = names.get(error.path, error.path)

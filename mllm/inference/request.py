@@ -4,7 +4,7 @@ Knows files, samples, budgets and timings. Does not know how an answer comes abo
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mllm.budget import MEDIA, Budget, Extent, Space, TokenCount
 from mllm.inference.timing import Timing
@@ -31,6 +31,12 @@ class Answer:
     space. `num_prompt_tokens` is the whole prompt, of which the first `num_shared_tokens` were read once together with
     other questions about the same media, and `num_new_tokens` counts the end token. `timing` is that of the whole
     batch, where it was measured. `is_cut` is true where the model had not ended when `max_new_tokens` were there.
+    `min_probability` is the smallest probability of any token of the answer, its end included, and
+    `mean_log_probability` the mean of the logarithms; with beams they are those of the best one.
+
+    Where a router chose the budget, `discarded` are the answers at smaller ones, in order; `tokens` and `timing` count
+    what was read for them as well, everything else is of this answer alone. Of its prompt, the first `num_kept_tokens`
+    had been read for the answer before it.
     """
 
     text: str
@@ -42,6 +48,11 @@ class Answer:
     timing: Timing | None = None
     num_shared_tokens: int = 0
     is_cut: bool = False
+    # Rounding depends on the batch, and two answers that say and cost the same are the same.
+    min_probability: float = field(default=1.0, compare=False)
+    mean_log_probability: float = field(default=0.0, compare=False)
+    discarded: tuple["Answer", ...] = ()
+    num_kept_tokens: int = 0
 
 
 def request(

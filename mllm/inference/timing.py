@@ -4,7 +4,7 @@ Knows a model and when its LLM is called. Does not know requests, prompts or ans
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import pairwise
@@ -27,6 +27,20 @@ class Timing:
 
 
 PHASES = tuple(phase.name for phase in fields(Timing))
+
+
+def stopped(device: torch.device) -> Callable[[], float]:
+    """Return a function that tells the milliseconds since it was called last; the host waits for the device."""
+    last = time.perf_counter()
+
+    def lap() -> float:
+        nonlocal last
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        before, last = last, time.perf_counter()
+        return 1000 * (last - before)
+
+    return lap
 
 
 class Watch:

@@ -13,6 +13,8 @@ from mllm.lmms.conversation import Generation, read_conversation, read_medium
 from mllm.media import MediaLoader
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing.processor import ElasticProcessor, LoadedMedia
+from mllm.router.choice import RequestCosts
+from mllm.router.router import Router
 
 JOIN = "+"
 
@@ -59,6 +61,8 @@ class BudgetedAnswers:
         budgets: every request is answered at each of them, in one batch.
         batch_size: requests of one batch; its rows are that times the number of budgets.
         loader: reads the files that requests name.
+        router: chooses where a budget says `auto`.
+        request_costs: what requests take in other units than tokens.
     """
 
     model: ElasticForConditionalGeneration = field(repr=False)
@@ -66,6 +70,8 @@ class BudgetedAnswers:
     budgets: Sequence[Budget]
     batch_size: int = 1
     loader: MediaLoader = field(default_factory=lambda: MediaLoader(gray=True))
+    router: Router | None = None
+    request_costs: RequestCosts | None = None
 
     def __call__(self, requests: Sequence[Request], progress: Callable[[int], object]) -> list[list[Answer]]:
         """Answers requests, those that are decoded alike together.
@@ -99,7 +105,13 @@ class BudgetedAnswers:
             samples.append(sample)
             media.append([self._load(medium, source, request.name) for medium, source in sources])
         batch = self.processor.batch(samples, media, for_training=False)
-        answerer = Answerer(self.model, self.processor, generation.decoding)
+        answerer = Answerer(
+            self.model,
+            self.processor,
+            generation.decoding,
+            router=self.router,
+            request_costs=self.request_costs,
+        )
         by_budget = answerer.answer_batch(batch, [[budget] * len(samples) for budget in self.budgets])
         return [list(answers) for answers in zip(*by_budget, strict=True)]
 

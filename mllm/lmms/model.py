@@ -7,6 +7,7 @@ cannot be answered ends the evaluation, instead of counting as an empty answer.
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +16,14 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from mllm.checkpoints.load import load
+from mllm.evaluation.request_costs import ModelCosts
 from mllm.inference.answerer import Answer
 from mllm.lmms.answering import BudgetedAnswers, Request, read_budget
 from mllm.lmms.conversation import read_generation
 from mllm.media import MediaLoader
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing.processor import ElasticProcessor
+from mllm.router.router import router_for
 
 ALLOWED = ("pretrained", "budget", "batch_size", "device", "dtype", "attention")
 Key = tuple[Any, ...]
@@ -71,7 +74,16 @@ class ElasticChat(lmms):
             if not processor.space.is_trained(one):
                 logger.warning("the budget %s was not trained", one)
         loader = MediaLoader(gray=True, limits=processor.limits)
-        self.answers = BudgetedAnswers(model, processor, budgets, batch_size=int(batch_size), loader=loader)
+        folder = Path(pretrained)
+        self.answers = BudgetedAnswers(
+            model,
+            processor,
+            budgets,
+            batch_size=int(batch_size),
+            loader=loader,
+            router=router_for(folder, budgets),
+            request_costs=ModelCosts(model, processor, folder),
+        )
         self.reported = 0
         self._known: dict[Key, list[Answer]] = {}
 

@@ -1,13 +1,14 @@
 """Resolves the forms in which clients ask for budgets to the exact tokens of every medium, or refuses them.
 
-    budget               "image=64,audio=/4,total<=256", in the body (also under mm_processor_kwargs) or beside a medium
+    budget               "image=64,audio=/4,total<=256" or "auto", in the body (also under mm_processor_kwargs); amounts
+                         also beside a medium
     max_soft_tokens      64: images at so many tokens, beside one or under mm_processor_kwargs
     media_resolution     low, medium or high, in the body or beside a medium
     detail               low, high or auto, of an image
 
 The first of these that speaks of a medium decides, and beside a medium counts before the body. low is the smallest
-trained budget, high the largest, medium the one in the middle, auto the server's default. A server's cap may be gone
-below and never above; named budgets mean those within it.
+trained budget, high the largest, medium the one in the middle, auto the server's default, or what its router chooses
+where it has no default. A server's cap may be gone below and never above; named budgets mean those within it.
 
 Knows budgets, spaces and extents. Does not know HTTP, files or models.
 """
@@ -15,7 +16,7 @@ Knows budgets, spaces and extents. Does not know HTTP, files or models.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from mllm.budget import MEDIA, Amount, Budget, Extent, Space, TokenCount, count_tokens
+from mllm.budget import MEDIA, Amount, Auto, Budget, Extent, Space, TokenCount, count_tokens
 from mllm.serving.errors import RequestError, bad_request, refusal_of
 from mllm.serving.fields import Fields, shown
 
@@ -49,11 +50,15 @@ class ItemBudget:
 
 @dataclass(frozen=True)
 class RequestBudget:
-    """Holds the budgets of a request's media in order, and the most tokens that all of them may have together."""
+    """Holds the budgets of a request's media in order, and the most tokens that all of them may have together.
+
+    With `choosing` they are resolved for all media together once their files are known (see `mllm.router`).
+    """
 
     items: tuple[ItemBudget, ...] = ()
     total_tokens: int | None = None
     is_total_of_server: bool = False
+    choosing: Budget | None = None
 
     @property
     def amounts_text(self) -> str:
@@ -121,8 +126,9 @@ def read_part_wishes(medium: str, parts: Sequence[Fields]) -> Wishes:
                 raise fields.refused(key, "is given twice; give it in one place")
             values |= {} if value is None else {key: value}
     wishes = Wishes(parts[0].where, **values)  # pyright: ignore[reportArgumentType]
-    if wishes.budget is not None and (wishes.budget.media != {medium} or wishes.budget.total_tokens is not None):
-        raise parts[0].refused("budget", f"is {str(wishes.budget)!r}; beside one medium write {medium}=N and no total")
+    named = wishes.budget
+    if named is not None and (named.media != {medium} or named.total_tokens is not None or named.is_open):
+        raise parts[0].refused("budget", f"is {str(named)!r}; beside one medium write {medium}=N and no total")
     return wishes
 
 
@@ -134,6 +140,7 @@ class BudgetPolicy:
         space: the model's.
         default: what media get that a request says nothing of; their most tokens where it does not name them.
         cap: which requests may go below and never above.
+        has_router: whether budgets can be chosen (`auto`).
 
     Raises:
         ValueError: a default or cap that the model cannot serve, or a default above the cap.
@@ -142,8 +149,11 @@ class BudgetPolicy:
     space: Space
     default: Budget = field(default_factory=Budget)
     cap: Budget = field(default_factory=Budget)
+    has_router: bool = False
 
     def __post_init__(self) -> None:
+        if self.cap.is_open:
+            raise ValueError(f"max_budget is {str(self.cap)!r}; write it in amounts, or as total<=N")
         for key, budget in (("budget", self.default), ("max_budget", self.cap)):
             try:
                 self.space.check(budget)
@@ -161,6 +171,10 @@ class BudgetPolicy:
             named = self.default.amounts.get(medium)
             if named is not None and named.kind == amount.kind and not _is_at_most(named, amount):
                 raise ValueError(f"budget {medium}={named} is above max_budget {medium}={amount}")
+
+    def is_within(self, budget: Budget) -> bool:
+        """Tell whether the cap allows trained amounts."""
+        return all(amount in self.within(medium) for medium, amount in budget.amounts.items())
 
     def within(self, medium: str) -> list[Amount]:
         """Return the trained amounts of a medium that the cap allows, most tokens first."""
@@ -199,12 +213,36 @@ class BudgetPolicy:
         if named.total_tokens is None and self.default.total_tokens is not None and not _says(media, wishes):
             totals.append(self.default.total_tokens)
         total = min(totals, default=None)
+        if (choosing := self._choosing(media, wishes)) is not None:
+            chosen = tuple(ItemBudget(medium, Budget(), "budget", is_free=True) for medium, _ in media)
+            return RequestBudget(chosen, None, choosing=replace(choosing, total_tokens=total))
         items = [self._item(medium, beside_medium, wishes) for medium, beside_medium in media]
         if total is None:
             items = [
                 replace(item, budget=self._largest(item), is_free=False) if item.is_free else item for item in items
             ]
         return RequestBudget(tuple(items), total, total is not None and total != named.total_tokens)
+
+    def _choosing(self, media: Sequence[tuple[str, Wishes]], body: Wishes) -> Budget | None:
+        """Return the open budget that a request is resolved by; None where amounts are named, or the most is meant.
+
+        Raises:
+            RequestError: 400, an open budget together with one that is named beside a medium.
+        """
+        if body.budget is not None and body.budget.is_open:
+            if named := [wishes.where for _, wishes in media if wishes.budget is not None]:
+                raise bad_request(
+                    f"the budget {str(body.budget)!r} is chosen for all media together; give it without "
+                    f"{named[0]}.budget",
+                    f"{named[0]}.budget",
+                )
+            return body.budget
+        if _says(media, body):
+            return None
+        if self.default.is_open:
+            return self.default
+        is_auto = any(wishes.detail == "auto" for _, wishes in media)
+        return Budget(auto=Auto()) if is_auto and self.has_router and not str(self.default) else None
 
     def _item(self, medium: str, beside_medium: Wishes, body: Wishes) -> ItemBudget:
         """Return the budget of one medium: the first of all that speaks of it; free where nothing does."""

@@ -18,6 +18,7 @@ from mllm.processing.batch import Batch, EncodedSample
 from mllm.processing.media_inputs import LoadedMedia
 from mllm.processing.processor import ElasticProcessor
 from mllm.processing.requests import Request, read_chat
+from mllm.router.choice import BudgetChooser
 from mllm.serving.budgets import BudgetPolicy, ItemBudget, RequestBudget
 from mllm.serving.decoders import PooledLoader
 from mllm.serving.errors import SAMPLE_ID, bad_request, refusal_of
@@ -85,6 +86,7 @@ class Preparer:
         loader: decodes.
         long_audio: what becomes of audio longer than its encoder's window.
         max_prompt_tokens: longest prompt, soft tokens included.
+        chooser: resolves open budgets.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Preparer:
         *,
         long_audio: LongAudio,
         max_prompt_tokens: int,
+        chooser: BudgetChooser,
     ) -> None:
         self.processor = processor
         self.loader = loader
@@ -103,6 +106,7 @@ class Preparer:
         self.cache = cache
         self.long_audio = long_audio
         self.max_prompt_tokens = max_prompt_tokens
+        self.chooser = chooser
         # The tokenizer is told by a switch of its own whether special tokens are text: two threads must not meet there,
         # or what a user typed would be read as a special token.
         self._tokenizer_lock = threading.Lock()
@@ -179,7 +183,6 @@ class Preparer:
         """Make a row about one window of every group."""
         item_by_index = dict(zip(order, [item for window in stretch for item in window.items], strict=True))
         items = tuple(item_by_index[index] for index in sorted(item_by_index))
-        counts = self.policy.counts([item.extent for item in items], conversation.budget)
         request = self._request(conversation)
         try:
             with self._tokenizer_lock:
@@ -190,6 +193,7 @@ class Preparer:
                     with_values=False,
                 )
             plain = batch.rows[0]
+            counts = self._counts(plain, conversation.budget)
             row = CountedSample(plain.sample_id, plain.ids, plain.labels, plain.spans, plain.task, tuple(counts))
             # What does not go together, such as experts for one scale only, is refused here and not in the batch.
             expanded = self.processor.expand(Batch([row]), [[Budget()]], left_padding=True)
@@ -204,6 +208,20 @@ class Preparer:
             )
         times = (stretch[0].start, stretch[0].stop) if stretch else (0.0, 0.0)
         return PromptRow(row, items, tuple(dict.fromkeys(keys)), length, *times)
+
+    def _counts(self, row: EncodedSample, budget: RequestBudget) -> list[TokenCount]:
+        """Count the tokens of a row's media, at budgets that are chosen for it where the request leaves them open.
+
+        Raises:
+            RequestError: 400, as `BudgetPolicy.counts`, or nothing that may be chosen.
+        """
+        if budget.choosing is None:
+            return self.policy.counts([span.extent for span in row.spans], budget)
+        try:
+            choice = self.chooser.choose(row, budget.choosing)
+            return row.token_counts(choice.budgets[choice.first], self.policy.space)
+        except ValueError as error:
+            raise refusal_of(error, "budget") from error
 
     def _request(self, conversation: Conversation) -> Request:
         """Write the conversation in the form that all of the package reads."""

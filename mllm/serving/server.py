@@ -10,15 +10,19 @@ import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 
 from mllm.budget import Budget
 from mllm.config.long_audio import LongAudio
+from mllm.evaluation.request_costs import ModelCosts
 from mllm.media import MediaLimits
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.processing.processor import ElasticProcessor
+from mllm.router.choice import BudgetChooser
+from mllm.router.router import Router
 from mllm.serving.app import Served, build_app
 from mllm.serving.budget_table import Measurement, budget_table
 from mllm.serving.budgets import BudgetPolicy
@@ -73,6 +77,8 @@ class ServerSettings:
     decoder_bytes: int = 3 * 2**30
     cache_bytes: int = 256 * 2**20
     languages: Sequence[str] = ("en",)
+    router: Router | None = None
+    model_folder: Path | None = None
 
 
 class Server:
@@ -95,7 +101,8 @@ class Server:
     ) -> None:
         self.settings = settings
         self.on_close: list[Callable[[], object]] = []
-        policy = BudgetPolicy(processor.space, settings.budget, settings.max_budget)
+        has_router = settings.router is not None
+        policy = BudgetPolicy(processor.space, settings.budget, settings.max_budget, has_router)
         if settings.media_root is not None and not os.path.isdir(settings.media_root):
             raise ValueError(f"media_root {settings.media_root} is no folder")
         fetcher = Fetcher(settings.url_hosts) if settings.url_hosts else None
@@ -112,6 +119,15 @@ class Server:
             cache,
             long_audio=settings.long_audio,
             max_prompt_tokens=settings.limits.max_prompt_tokens,
+            # Chosen once, before a request is queued: an answer that streams cannot be discarded.
+            chooser=BudgetChooser(
+                model,
+                processor,
+                settings.router,
+                ModelCosts(model, processor, settings.model_folder),
+                max_growths=0,
+                is_allowed=policy.is_within,
+            ),
         )
         self.scheduler: AnswerQueue = scheduler or self._scheduler(model, processor)
         # Beside those that wait for a decoder there is a thread for requests that need none.

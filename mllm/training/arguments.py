@@ -26,6 +26,7 @@ class ElasticArguments(TrainingArguments):
     task_weights: dict[str, float] = field(default_factory=dict)
     sink_weight: float = 0.0
     distillation: Distillation | None = None
+    has_frozen_teacher: bool = False
     packing: bool = True
     packed_attention: Literal["sdpa", "flex"] = "sdpa"
     memory: Literal["fast", "low"] = "fast"
@@ -82,6 +83,7 @@ def build_arguments(config: RunConfig, *, on_cpu: bool) -> ElasticArguments:
         task_weights=train.task_weights,
         sink_weight=train.sink_weight,
         distillation=distillation_of(config.sampler),
+        has_frozen_teacher=config.sampler.has_frozen_teacher,
         packing=train.packing,
         packed_attention=train.packed_attention,
         memory=train.memory,
@@ -91,7 +93,7 @@ def build_arguments(config: RunConfig, *, on_cpu: bool) -> ElasticArguments:
 
 
 def distillation_of(sampler: SamplerConfig) -> Distillation | None:
-    """Say how much smaller budgets learn from the largest, in the mode that has a teacher."""
+    """Say how much budgets learn from their teacher, where there is one."""
     if not sampler.distills:
         return None
     return Distillation(weight=sampler.distill_weight or 0.0)

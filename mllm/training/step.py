@@ -11,12 +11,12 @@ Shapes: B views (a view is one row at one budget), P target tokens of all views,
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mllm.budget import Budget, Space
 from mllm.budget.sampler import BudgetSampler, SampledBudget
@@ -116,6 +116,11 @@ def split_by_budget(views: Sequence[BudgetView]) -> list[list[BudgetView]]:
     groups = [[of_row[number] for of_row in by_row.values() if number < len(of_row)] for number in range(most)]
     number_of_row = {view.row: index for index, view in enumerate(groups[0])}
     return [[replace(view, teacher=number_of_row[view.row]) for view in group] for group in groups]
+
+
+def taught_by_rows(views: Sequence[BudgetView]) -> list[BudgetView]:
+    """Let every view learn from another pass, which has one view per row, in order."""
+    return [replace(view, teacher=view.row) for view in views]
 
 
 # ---- expand and pack: the inputs of one forward pass ----
@@ -274,7 +279,7 @@ def frozen_features(model: ElasticForConditionalGeneration, batch: Batch, device
 
 
 def forward(
-    model: nn.Module,
+    model: Callable[..., ElasticOutput],
     training_batch: TrainingBatch,
     target_loss: TargetLoss,
     *,

@@ -30,13 +30,14 @@ from mllm.budget import Budget
 from mllm.budget.sampler import BudgetSampler
 from mllm.checkpoints.load import load_trainables, trainable_state
 from mllm.config.model import MomeConfig
-from mllm.model.modeling import ElasticForConditionalGeneration, TargetLoss
+from mllm.model.modeling import ElasticForConditionalGeneration, Features, TargetLoss
 from mllm.model.trainables import is_sharded, trainable_names
 from mllm.processing.batch import Batch
 from mllm.processing.processor import ElasticProcessor
 from mllm.training.arguments import ElasticArguments
 from mllm.training.checkpoint import TRAINABLES, TrainingState, load_progress, read_tensors, save_checkpoint
 from mllm.training.experts import ExpertUsage
+from mllm.training.frozen_teacher import TEACHER, FrozenTeacher
 from mllm.training.fused_loss import FusedTargetLoss, plain_head
 from mllm.training.host_answers import answered_by_host
 from mllm.training.logs import RunFlow, RunLog, RunProgress, Tally, gather_json
@@ -55,9 +56,11 @@ from mllm.training.step import (
     prepare_packing,
     sampled_views,
     split_by_budget,
+    taught_by_rows,
     total_loss,
 )
 from mllm.training.throughput import Pace, mean_of
+from mllm.utils.files import digest_of_file
 
 Metric = Callable[[ElasticForConditionalGeneration, ElasticProcessor], Mapping[str, float]]
 """Metrics of answers by name; called on every process, with the model in eval mode."""
@@ -114,6 +117,8 @@ class ElasticTrainer(Trainer):
             raise ValueError("data.host_answer_tokens does not go with ZeRO-3, which keeps no layer whole; use ZeRO-2")
         if args.memory == "low" and self.is_deepspeed_enabled:
             raise ValueError("train.memory low does not go with DeepSpeed, which counts backward passes; use fast")
+        if args.has_frozen_teacher and is_sharded(model):
+            raise ValueError("sampler.teacher frozen does not go with ZeRO-3, which keeps no layer whole; use ZeRO-2")
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RunProgress)
@@ -127,6 +132,7 @@ class ElasticTrainer(Trainer):
         self.experts = ExpertUsage()
         self.pace = Pace([model.model.encoder(medium) for medium in model.model.compressors])
         self.packs = args.packing and prepare_packing(model, processor)
+        self.frozen_teacher: FrozenTeacher | None = None  # made when training starts
         self.fused_head = plain_head(model) if args.loss_kernel == "liger" else None
         self._reported_step = 0
         self._seeded_step, self._micro_batch = -1, 0
@@ -192,9 +198,11 @@ class ElasticTrainer(Trainer):
             views = sampled_views(batch.rows, self.sampler, step, args.task_weights, is_gated=is_gated)
             groups = split_by_budget(views) if args.memory == "low" else [views]
             features = inputs.get("features", {})
-            if len(groups) > 1 and not features:
+            if (len(groups) > 1 or self.frozen_teacher is not None) and not features:
                 features = frozen_features(self.elastic, batch, device)
-            teacher: Teacher | None = None
+            teacher = self._frozen_teacher_states(batch, features)
+            if teacher is not None:
+                groups = [taught_by_rows(group) for group in groups]
             step_loss = torch.zeros((), device=device)
             for number, group in enumerate(groups, start=1):
                 expanded = expand_views(batch, group, self.processor)
@@ -226,6 +234,20 @@ class ElasticTrainer(Trainer):
                 step_loss += scaled.detach()
                 del outputs  # with a sink loss it holds all hidden states, which the next group needs the memory of
         return step_loss
+
+    def _frozen_teacher_states(self, batch: Batch, features: Mapping[str, Features]) -> Teacher | None:
+        """Compute what all budgets learn from, where a frozen copy of what trains teaches."""
+        if self.frozen_teacher is None:
+            return None
+        with self.accelerator.autocast():
+            return self.frozen_teacher.states(
+                batch,
+                self.processor,
+                features=features,
+                device=self.args.device,
+                packed=self.packs,
+                packed_attention=self.args.packed_attention,
+            )
 
     def _seed_micro_batch(self, step: int) -> None:
         """Seed dropout by what the micro-batch is, not by what ran before it."""
@@ -362,6 +384,8 @@ class ElasticTrainer(Trainer):
                 "learning_rates": [group["lr"] for group in cast(Optimizer, self.optimizer).param_groups],
                 "schedule": {key: value for key, value in schedule.items() if key != "lr_lambdas"},
             }
+            if self.frozen_teacher is not None:
+                plain["teacher"] = digest_of_file(self.args.run / TEACHER)
             state = TrainingState(
                 trainables,
                 moments,
@@ -387,10 +411,16 @@ class ElasticTrainer(Trainer):
         self._reported_step = self.state.global_step
         if resume_from_checkpoint is not None:
             self._restore(Path(resume_from_checkpoint))
+        elif self.args.has_frozen_teacher:  # of the wrapped model, which is the same on all processes
+            self.frozen_teacher = FrozenTeacher.of(self.elastic)
+            if self.args.should_save:
+                self.frozen_teacher.write(self.args.run)
         return prepared
 
     def _restore(self, folder: Path) -> None:
         moments, plain = load_progress(folder)
+        if self.args.has_frozen_teacher:
+            self.frozen_teacher = FrozenTeacher.read(self.elastic, self.args.run, plain["teacher"])
         if self.is_deepspeed_enabled:
             from mllm.training.sharding import scatter
 

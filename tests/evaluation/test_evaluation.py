@@ -251,9 +251,9 @@ def test_answers_that_had_not_ended_are_counted(answerer, samples, tmp_path, mon
     generate = model.generate
 
     def listening(**kwargs):
-        ids = generate(**kwargs)
-        said.extend(ids[:, kwargs["input_ids"].shape[1] :].tolist())
-        return ids
+        output = generate(**kwargs)
+        said.extend(output.sequences[:, kwargs["input_ids"].shape[1] :].tolist())
+        return output
 
     monkeypatch.setattr(model, "generate", listening)
 

@@ -12,12 +12,13 @@ import soundfile
 import tiny
 
 from mllm.checkpoints.load import save_run
+from mllm.checkpoints.model_files import files_of_model
 from mllm.commands import lmms_eval
 from mllm.config.data import ReaderConfig
 from mllm.config.evaluation import EvaluationConfig
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.evaluation.answer_store import AnswerStore
-from mllm.evaluation.fingerprint import BY_CONTENT, NEVER_IN_ANSWERS, files_of_model, fingerprint_of
+from mllm.evaluation.fingerprint import BY_CONTENT, NEVER_IN_ANSWERS, fingerprint_of
 from mllm.evaluation.run import read_sets
 from mllm.media import MediaLimits
 from mllm.model.trainables import set_trainables

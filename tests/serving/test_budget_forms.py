@@ -89,6 +89,26 @@ def test_the_default_and_the_cap_of_the_server() -> None:
     assert tokens({"budget": "total<=100"}, ("image", {}), ("audio", {}), cap="image=16") == [16, 10]
 
 
+def choosing(body: dict[str, Any], beside: dict[str, Any], **policy: Any) -> str | None:
+    """What is chosen by, of a request about one image; None where its budget is settled."""
+    wishes = [("image", read_part_wishes("image", [Fields(beside, "part[0]")]))]
+    request = BudgetPolicy(SPACE, **policy).resolve(wishes, read_body_wishes(Fields(body, "")))
+    return None if request.choosing is None else str(request.choosing)
+
+
+def test_open_budgets_are_left_for_the_files_to_settle() -> None:
+    auto = Budget.parse("auto,quality>=0.9")
+    assert choosing({"budget": "auto"}, {}) == choosing({"budget": "auto"}, {"detail": "low"}) == "auto"
+    assert choosing({"budget": "flops<=1e9"}, {}) == "flops<=1000000000"
+    assert choosing({"budget": "auto,total<=16"}, {}, cap=Budget.parse("total<=4")) == "auto,total<=4"
+    assert choosing({}, {}, default=auto) == choosing({}, {"detail": "auto"}, default=auto) == str(auto)
+    assert choosing({}, {"detail": "auto"}, has_router=True) == "auto"
+    for body, beside in (({"budget": "image=4"}, {}), ({}, {"detail": "low"}), ({"media_resolution": "low"}, {})):
+        assert choosing(body, beside, default=auto, has_router=True) is None
+    assert choosing({}, {"detail": "auto"}) is None
+    assert choosing({}, {"detail": "auto"}, default=Budget.parse("image=4"), has_router=True) is None
+
+
 @pytest.mark.parametrize(
     ("body", "beside", "cap", "message"),
     [
@@ -102,8 +122,10 @@ def test_the_default_and_the_cap_of_the_server() -> None:
         ({"budget": ["image=4"]}, {}, "", r"budget is \['image=4'\]; write a text"),
         ({"budget": {"image": True}}, {}, "", r"write a text"),
         ({"budget": {"picture": 4}}, {}, "", r"must be medium=amount"),
-        ({"budget": "auto"}, {}, "", r"must be medium=amount"),
-        ({"budget": "flops<=1e9"}, {}, "", r"must be medium=amount"),
+        ({"budget": "auto,image=4"}, {}, "", r"names image beside auto"),
+        ({"budget": "quality>=0.9"}, {}, "", r"names a goal without auto"),
+        ({"budget": "auto"}, {"budget": "image=4"}, "", r"is chosen for all media together; give it without part\[0\]"),
+        ({}, {"budget": "auto"}, "", r"beside one medium write image=N and no total"),
         ({"budget": "image=4,image=4"}, {}, "", r"names image twice"),
         ({"budget": "image=/4"}, {}, "", r"image=/4 cannot be met"),
         ({"budget": "audio=/4"}, {}, "", r"names audio, but the request holds none"),
@@ -147,6 +169,7 @@ def test_images_of_a_request_without_images_are_not_spoken_of() -> None:
         ("", "image=/4", "max_budget image=/4 must be written as the trained budgets are"),
         ("", "audio=/16", "max_budget audio=/16 is below every trained budget"),
         ("image=64", "image=16", "budget image=64 is above max_budget image=16"),
+        ("", "auto", "max_budget is 'auto'; write it in amounts"),
     ],
 )
 def test_settings_that_no_request_could_meet_are_refused(default: str, cap: str, message: str) -> None:

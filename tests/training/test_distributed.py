@@ -48,8 +48,11 @@ def test_ddp_equals_one_process_also_where_a_process_lacks_a_medium(tmp_path: Pa
 def test_one_budget_at_a_time_is_the_same_run_also_where_processes_run_different_numbers(
     tmp_path: Path, one_process: Path
 ) -> None:
-    launch(tmp_path, *worker.LOW_SCENARIOS)
+    launch(tmp_path, *worker.LOW_SCENARIOS, *worker.TAUGHT_SCENARIOS)
     assert_same_run(one_process / "skewed", tmp_path / "low")
+    # With a frozen teacher too, of which every process has a copy: one launch for both spares half a minute.
+    worker.run_scenario("taught", worker.scenario_settings("taught", tmp_path / "one", 1))
+    assert_same_run(tmp_path / "one" / "taught", tmp_path / "taught")
 
 
 @pytest.mark.slow

@@ -49,7 +49,28 @@ def run(model: ModelConfig = MODEL, **blocks: dict[str, Any]) -> RunConfig:
         ({"data": {"snr_db": [0]}}, "data.noise and data.snr_db go together"),
         ({"sampler": {"mode": "points"}}, "sampler.points go with sampler.mode points"),
         ({"sampler": {"points": ["audio=/4"]}}, "sampler.points go with sampler.mode points"),
-        ({"sampler": {"distill_weight": 0.5}}, "sampler.distill_weight goes with sampler.mode sandwich only"),
+        ({"sampler": {"distill_weight": 0.5}}, "goes with sampler.mode sandwich or sampler.teacher frozen only"),
+        (
+            {"sampler": {"teacher": "step"}},
+            "sampler.teacher step goes with sampler.mode sandwich only; mode is 'random'",
+        ),
+        (
+            {"sampler": {"teacher": "frozen", "mode": "sandwich"}},
+            "sampler.teacher frozen goes with sampler.mode random or all; mode is 'sandwich'",
+        ),
+        ({"sampler": {"teacher": "frozen"}}, "an untrained model has nothing to teach: name in train.start_from"),
+        (
+            {"sampler": {"teacher": "frozen", "distill_weight": 0.0}, "train": {"start_from": "run"}},
+            "sampler.distill_weight is 0, so sampler.teacher frozen would teach nobody",
+        ),
+        (
+            {"sampler": {"teacher": "frozen"}, "train": {"start_from": "run", "parts": ["adapter", "llm"]}},
+            "train.parts holds llm, of which the teacher would be a second copy",
+        ),
+        (
+            {"sampler": {"teacher": "frozen"}, "train": {"start_from": "run", "loss_kernel": "liger"}},
+            "train.loss_kernel is liger, .* sampler.distill_weight",
+        ),
         ({"sampler": {"mode": "sandwich", "distill_weight": 1.5}}, "distill_weight is 1.5; it must be in 0..1"),
         ({"sampler": {"mode": "points", "points": ["video=/2"]}}, r"sampler.points holds 'video=/2', but model.video"),
         ({"train": {"epochs": 1}}, "either train.max_steps or train.epochs"),

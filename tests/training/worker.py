@@ -38,6 +38,14 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 }
 # One budget at a time: processes then run different numbers of views, and DeepSpeed does not go with it.
 LOW_SCENARIOS: dict[str, dict[str, Any]] = {"low": {**SCENARIOS["skewed"], "train": {"memory": "low"}}}
+# All budgets learn from a frozen copy of what trains, which every process has for itself.
+TAUGHT_SCENARIOS: dict[str, dict[str, Any]] = {
+    "taught": {
+        **SCENARIOS["skewed"],
+        "sampler": SamplerConfig(mode="random", num_budgets=2, teacher="frozen"),
+        "train": {"start_from": "the harness starts all runs alike"},
+    }
+}
 # Rows that all processes but one lack the members of: each holds one task and one scale.
 ADAPTER_SCENARIOS: dict[str, dict[str, Any]] = {
     name: {
@@ -66,7 +74,7 @@ WHOLE_SCENARIOS: dict[str, dict[str, Any]] = {
         "train": {"parts": ["compressors", "llm"], "learning_rate": 1e-4},
     }
 }
-ALL_SCENARIOS = {**SCENARIOS, **LOW_SCENARIOS, **ADAPTER_SCENARIOS, **WHOLE_SCENARIOS}
+ALL_SCENARIOS = {**SCENARIOS, **LOW_SCENARIOS, **TAUGHT_SCENARIOS, **ADAPTER_SCENARIOS, **WHOLE_SCENARIOS}
 
 
 def scenario_settings(name: str, folder: Path, num_processes: int, **train: Any) -> RunConfig:
@@ -76,7 +84,7 @@ def scenario_settings(name: str, folder: Path, num_processes: int, **train: Any)
     train["accumulation"] = scenario["micro_batches"] // num_processes
     model = tiny.settings(scenario["media"])
     model = replace(model, adapter=scenario.get("adapter", model.adapter))
-    sampler = SamplerConfig(mode="random", num_budgets=2)
+    sampler = scenario.get("sampler", SamplerConfig(mode="random", num_budgets=2))
     return run_settings(folder / name, model, sampler=sampler, save_every=2, **train)
 
 
