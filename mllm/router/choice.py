@@ -104,8 +104,7 @@ class BudgetChooser:
         if not held:
             return [Budget()]
         listed = self._trained(budget, held) if budget.auto is None else self._routed(budget, held)
-        cap = budget.max_tiles if "image" in held else None
-        return [one if cap is None else replace(one, max_tiles=min(cap, one.max_tiles or cap)) for one in listed]
+        return listed if "image" not in held else [_with_caps(one, budget) for one in listed]
 
     def choose(self, row: EncodedSample, budget: Budget) -> Choice:
         """Choose the budget that a request is first answered at.
@@ -207,9 +206,22 @@ class BudgetChooser:
         if not budget.limits:
             return 0.0
         if self.request_costs is None:
-            raise ValueError(f"what budgets take in {budget.limits[0].unit} is not known here")
+            unit = budget.limits[0].unit
+            raise ValueError(
+                f"what budgets take in {unit} is not known here; in Python give the Answerer "
+                "request_costs=mllm.evaluation.request_costs.ModelCosts(model, processor)"
+            )
         takes = self.request_costs(row, one, counts)
         for limit in budget.limits:
             if takes[limit.unit] > limit.most:
                 raise ValueError(f"{one} takes {takes[limit.unit]:.6g} {limit.unit}")
         return takes[budget.limits[0].unit]
+
+
+def _with_caps(one: Budget, budget: Budget) -> Budget:
+    """Put the caps on what is seen of images, which an open budget may hold, into one that it may become."""
+    smaller: dict[str, Any] = {}
+    for name in ("max_tiles", "max_image_tokens"):
+        values = [value for value in (getattr(one, name), getattr(budget, name)) if value is not None]
+        smaller[name] = min(values, default=None)
+    return replace(one, **smaller)

@@ -13,6 +13,7 @@ from PIL import Image
 from mllm.budget import Budget, count_tokens
 from mllm.checkpoints import adoption
 from mllm.data.manifest import Media, Message, Sample, Text
+from mllm.evaluation.request_costs import ModelCosts
 from mllm.hosts import HostProcessor
 from mllm.hosts.resizing import RESIZING, resizing_of
 from mllm.inference.answerer import Answerer, Decoding
@@ -136,6 +137,16 @@ def test_a_cap_on_all_media_goes_with_smaller_images(adopted: Any) -> None:
         ValueError, match=r"image<=8 cannot be met: an image of 100 x 60 pixels takes at least 9 tokens"
     ):
         count_tokens([extent], Budget.parse("image<=8"), processor.space)
+
+
+def test_a_cap_in_flops_keeps_what_is_seen(adopted: Any) -> None:
+    model, processor, _ = adopted("idefics3")
+    costs = ModelCosts(model, processor)
+    answerer = Answerer(model, processor, Decoding(max_new_tokens=3), request_costs=costs)
+    raw = tiny_hosts.image(100, 60)
+    capped = answerer(image=raw, text="what is this?", budget="flops<=1e15,image<=9")
+    assert capped == answerer(image=raw, text="what is this?", budget="image=9,image<=9")
+    assert capped.tokens == {"image": 9}
 
 
 def test_a_host_that_sees_images_at_one_size_refuses(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_answers_at_every_budget_are_those_of_the_answerer(client: httpx.Client,
             answer = ask(client, budget, part(medium, content), "what is it?")
             assert answer.status_code == 200, answer.text
             expected = answerer.answer("what is it?", **{medium: content}, budget=budget)
-            assert answer.json()["choices"][0]["message"]["content"] == expected.text, budget
+            assert answer.json()["choices"][0]["message"]["content"].strip() == expected.text, budget
 
 
 def test_what_no_budget_gives_is_refused_with_what_to_write(client: httpx.Client, exported: Path) -> None:
