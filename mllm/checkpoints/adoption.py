@@ -46,9 +46,9 @@ class Findings:
         model_type, medium: of the host.
         encoder, projector, llm: names of the classes, and their parameters.
         grid: rows and columns of a tile; of a typical image where images keep their shape.
-        keeps_shape: images keep their shape, so that budgets are rates.
         tokens_per_second: of audio.
         budgets: proposed, largest first.
+        keeps_shape: images keep their shape, so that budgets are rates.
     """
 
     model_type: str
@@ -57,9 +57,9 @@ class Findings:
     projector: tuple[str, int]
     llm: tuple[str, int]
     grid: tuple[int, int] | None
-    keeps_shape: bool
     tokens_per_second: float | None
     budgets: tuple[str, ...]
+    keeps_shape: bool = False
 
 
 def examine(reference: str) -> Findings:

@@ -56,8 +56,9 @@ def _check_full(medium: str, block: Any, facts: EncoderFacts) -> None:
     """
     if facts.medium != medium:
         raise ValueError(f"model.{medium} is set, but this host reads {facts.medium}")
-    has_rates = facts.grid is None or facts.max_patches is not None
-    full = "/1" if has_rates else str(facts.grid[0] * facts.grid[1])
+    full = "/1"
+    if facts.grid is not None and facts.max_patches is None:
+        full = str(facts.grid[0] * facts.grid[1])
     if str(block.amounts[0]) != full:
         raise ValueError(
             f"model.{medium}.budgets begins with {block.amounts[0]}; the largest must be the host's full budget, {full}"

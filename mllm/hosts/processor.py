@@ -267,6 +267,8 @@ class HostProcessor:
     def _arrangement(self, height: int, width: int) -> Any:
         """Return what images that are cut alike have in common; None where all are."""
         image_processor = self.processor.image_processor
+        if self.tiling is not None and self.facts.image_pixels is not None:
+            return self.tiling.choose((height, width), self.facts.image_pixels)
         if (count := getattr(image_processor, "get_number_of_image_patches", None)) is not None:
             return count(height, width, {"crop_to_patches": True})
         keeps_shape = self.family.patches is not None or getattr(image_processor, "do_pan_and_scan", False)
