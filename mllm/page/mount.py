@@ -67,9 +67,8 @@ def _build(server: Server, uploads: Uploads) -> "gradio.Blocks":
     processor = server.service.preparer.processor
     stops = {medium: stops_of(server.served.budgets, medium) for medium in processor.space.media}
     covers = None
-    if "image" in stops and isinstance(
-        server.scheduler, Scheduler
-    ):  # under another engine the model has no weights here
+    # Under another engine the model has no weights here, and a host's own processor does not tell how it saw an image.
+    if "image" in stops and isinstance(server.scheduler, Scheduler) and processor.host is None:
         compressors = server.scheduler.engine.model.model.compressors
         covers = Covers(server.service, server.served.chat, compressors["image"])
     callbacks = Callbacks(

@@ -182,7 +182,9 @@ class ElasticProcessor(ProcessorCalls):
 
     @cached_property
     def transforms(self) -> dict[str, MediaTransform]:
-        """Return what makes an encoder's input of a decoded file, by medium."""
+        """Return what makes an encoder's input of a decoded file, by medium; nothing of a host, whose processor does it."""
+        if self.host is not None:
+            return {}
         encoded_as = {medium: self._encoded_as(medium) for medium in self.media}
         return {m: build_transform(t, self.encoder_configs[t], self.preprocessor(m)) for m, t in encoded_as.items()}
 
