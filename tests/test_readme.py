@@ -82,7 +82,7 @@ def beside_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         assert [main(shlex.split(line)[1:]) for line in commands() if line.startswith("mllm init")] == [0, 0]
         assert main(["init", "run.yaml", "--built_in"]) == 0  # as docs call the reader's own
-    llava = Findings("llava", "image", ("", 0), ("", 0), ("", 0), (24, 24), False, None, proposed_counts((24, 24)))
+    llava = Findings("llava", "image", ("", 0), ("", 0), ("", 0), (24, 24), None, proposed_counts((24, 24)))
     adopted = config_text(Settings(model="llava-hf/llava-1.5-7b-hf", out="adopted.yaml"), llava)
     (folder / "adopted.yaml").write_text(adopted)
     run = (folder / "run.yaml").read_text()

@@ -182,7 +182,7 @@ class ElasticProcessor(ProcessorCalls):
 
     @cached_property
     def transforms(self) -> dict[str, MediaTransform]:
-        """Return what makes an encoder's input of a decoded file, by medium; nothing of a host, whose processor does it."""
+        """Return what makes an encoder's input of a decoded file, by medium; a host's processor makes its own."""
         if self.host is not None:
             return {}
         encoded_as = {medium: self._encoded_as(medium) for medium in self.media}

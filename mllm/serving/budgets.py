@@ -382,8 +382,8 @@ def amounts_of(media: Sequence[str], counts: Sequence[TokenCount]) -> str | None
     if max(len(tiles), len(frames), len(seen)) > 1:
         return None
     ordered = {medium: amounts[medium] for medium in MEDIA if medium in amounts}
-    numbers = (next(iter(values), None) for values in (tiles, frames, seen))
-    return str(Budget(ordered, None, *numbers))
+    most_tiles, num_frames, most_seen = (next(iter(values), None) for values in (tiles, frames, seen))
+    return str(Budget(ordered, max_tiles=most_tiles, num_frames=num_frames, max_image_tokens=most_seen))
 
 
 __all__ = [
