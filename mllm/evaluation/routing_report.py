@@ -183,11 +183,12 @@ def predict_sides(fitted: AnswerTable, test: AnswerTable, *, seed: int = 0) -> S
     """
     if QUESTION_BLOCK not in fitted.features:
         raise ValueError(f"the table holds no features of the question; there are {', '.join(fitted.features)}")
-    shuffled = [_with_shuffled_questions(table, seed) for table in (fitted, test)]
     predictions = {
         f"question only, {NO_GROWING}": _predictions(fitted, test, [QUESTION_BLOCK]),
         ROUTER: _predictions(fitted, test),
-        CONTROL: _predictions(*shuffled, [QUESTION_BLOCK]),
+        CONTROL: _predictions(
+            _with_shuffled_questions(fitted, seed), _with_shuffled_questions(test, seed), [QUESTION_BLOCK]
+        ),
     }
     kinds = sorted(set(fitted.kinds))
     held_out = _predict_held_out(fitted, test, kinds) if len(kinds) > 1 else None
