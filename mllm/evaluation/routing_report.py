@@ -293,11 +293,15 @@ def judge(families: Sequence[Family], sides: Sides, setup: Setup) -> list[Row]:
 
 
 def _points_in_use(family: Family, sides: Sides, setup: Setup) -> list[Reads]:
-    """Keep the policies that are worth mixing, by the calibration; all where the test itself decides."""
+    """Keep the policies that are worth mixing, by the calibration, and the largest budget, which can always be had.
+
+    Where the test itself decides, all are kept.
+    """
     if family.calibration is None:
         return list(family.test)
     costs, utilities = _points(family.calibration, sides.calibration, setup)
-    return [family.test[point] for point in hull_of(costs.mean(axis=1), utilities.mean(axis=1))]
+    used = hull_of(costs.mean(axis=1), utilities.mean(axis=1))
+    return [*(family.test[point] for point in used), fixed_reads(sides.test)[-1]]
 
 
 def _points(reads: Sequence[Reads], table: AnswerTable, setup: Setup) -> tuple[Array, Array]:
