@@ -12,8 +12,10 @@ from mllm.router.table import Unit
 PLOT = "routing.png"
 _STYLES = {MIXED: ("black", "-", 2.0), ROUTER: ("C3", "-", 2.0), ORACLE: ("gray", ":", 1.5)}
 """Color, line and width of what a reader looks for first; the others are thin."""
+_COLORS = ("C0", "C1", "C2", "C4", "C5", "C6", "C8", "C9")
+"""Of the others: none is that of the router or of the oracle."""
 _AXES: dict[Unit, str] = {
-    "tokens": "soft tokens per question (mean)",
+    "tokens": "soft tokens read per question (mean)",
     "flops": "FLOPs (mean)",
     "ms": "milliseconds (mean)",
 }
@@ -29,7 +31,7 @@ def plot_rows(rows: Sequence[Row], path: str | Path, *, unit: Unit = "tokens") -
     FigureCanvasAgg(figure)  # needs no display
     axis = figure.subplots()
     for number, row in enumerate(rows):
-        color, line, width = _STYLES.get(row.name, (f"C{number % 10}", "--", 1.0))
+        color, line, width = _STYLES.get(row.name, (_COLORS[number % len(_COLORS)], "--", 1.0))
         costs, utilities = zip(*row.points, strict=True)
         axis.plot(
             costs, [100 * one for one in utilities], line, color=color, linewidth=width, marker=".", label=row.name

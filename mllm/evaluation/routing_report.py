@@ -183,11 +183,12 @@ def predict_sides(fitted: AnswerTable, test: AnswerTable, *, seed: int = 0) -> S
     """
     if QUESTION_BLOCK not in fitted.features:
         raise ValueError(f"the table holds no features of the question; there are {', '.join(fitted.features)}")
-    shuffled = [_with_shuffled_questions(table, seed) for table in (fitted, test)]
     predictions = {
         f"question only, {NO_GROWING}": _predictions(fitted, test, [QUESTION_BLOCK]),
         ROUTER: _predictions(fitted, test),
-        CONTROL: _predictions(*shuffled, [QUESTION_BLOCK]),
+        CONTROL: _predictions(
+            _with_shuffled_questions(fitted, seed), _with_shuffled_questions(test, seed), [QUESTION_BLOCK]
+        ),
     }
     kinds = sorted(set(fitted.kinds))
     held_out = _predict_held_out(fitted, test, kinds) if len(kinds) > 1 else None
@@ -292,11 +293,15 @@ def judge(families: Sequence[Family], sides: Sides, setup: Setup) -> list[Row]:
 
 
 def _points_in_use(family: Family, sides: Sides, setup: Setup) -> list[Reads]:
-    """Keep the policies that are worth mixing, by the calibration; all where the test itself decides."""
+    """Keep the policies that are worth mixing, by the calibration, and the largest budget, which can always be had.
+
+    Where the test itself decides, all are kept.
+    """
     if family.calibration is None:
         return list(family.test)
     costs, utilities = _points(family.calibration, sides.calibration, setup)
-    return [family.test[point] for point in hull_of(costs.mean(axis=1), utilities.mean(axis=1))]
+    used = hull_of(costs.mean(axis=1), utilities.mean(axis=1))
+    return [*(family.test[point] for point in used), fixed_reads(sides.test)[-1]]
 
 
 def _points(reads: Sequence[Reads], table: AnswerTable, setup: Setup) -> tuple[Array, Array]:

@@ -24,7 +24,16 @@ def tokens(budget: str, *extents: Extent) -> list[int]:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "image=64", "audio=/4,video=/2", "audio=12.5/s", "image=max", "total<=256", "image=3,audio=0.05/s,total<=9"],
+    [
+        "",
+        "image=64",
+        "audio=/4,video=/2",
+        "audio=12.5/s",
+        "image=max",
+        "total<=256",
+        "image=3,audio=0.05/s,total<=9",
+        "auto,loss<=0.05",
+    ],
 )
 def test_parse_and_format_are_inverse(text: str) -> None:
     assert str(Budget.parse(text)) == text
@@ -51,6 +60,8 @@ def test_order_and_spaces_do_not_matter() -> None:
         ("total<=0", "total<=N"),
         ("total=5", "total<=N"),
         ("total<=4,total<=5", "total<=N"),
+        ("auto,loss<=5", "'loss<=5' must be written as loss<=N with N above 0 and at most 1"),
+        ("auto,loss>=0.5", "must be written as loss<=N"),
     ],
 )
 def test_what_is_no_budget_is_refused(text: str, message: str) -> None:

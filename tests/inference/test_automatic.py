@@ -12,6 +12,7 @@ from mllm.evaluation.flops import row_cost
 from mllm.evaluation.request_costs import ModelCosts
 from mllm.inference.answerer import Answer, Answerer, Decoding
 from mllm.processing.batch import num_prompt_tokens
+from mllm.router.certificate import Certificate, Promise
 from mllm.router.heads import Heads, Reduction
 from mllm.router.router import MediaRouter, OperatingPoint, Router
 
@@ -174,6 +175,34 @@ def test_what_cannot_be_chosen_is_refused(answerer: Answerer) -> None:
         unable.answer_batch(batch, [[Budget.parse("auto,quality>=0.5")]])
     with pytest.raises(ValueError, match="budget 'auto' says no amounts; it is resolved for one request at a time"):
         count_tokens([span.extent for span in batch.rows[0].spans], Budget.parse("auto"), answerer.processor.space)
+
+
+def test_a_promised_loss_is_that_of_its_certificate_and_void_under_a_cap(answerer: Answerer) -> None:
+    certificate = Certificate(
+        promise=Promise(allowed_loss=0.05),
+        price=0.01,
+        max_growths=2,
+        grid=[0.0, 0.01],
+        num_units=200,
+        num_questions=1200,
+        mean_loss=0.02,
+        mean_cost=9.0,
+        fingerprint={},
+    )
+    one = replace(router(answerer).by_media["image",], certificates=(certificate,))
+    certified = replace(answerer, router=Router({("image",): one}, {}))
+    batch = tiny.batch(answerer.processor, ROWS)
+    promised, priced = (
+        certified.answer_batch(batch, [[Budget.parse(text)] * len(ROWS)])[0]
+        for text in ("auto,loss<=0.05", "auto,price=0.01")
+    )
+    assert promised == priced
+    with pytest.raises(
+        ValueError, match=r"auto,loss<=0.05,total<=4 cannot be promised where caps or lengths leave out"
+    ):
+        certified.answer_batch(batch, [[Budget.parse("auto,loss<=0.05,total<=4")] * len(ROWS)])
+    with pytest.raises(ValueError, match=r"loss<=0.02 is not certified for this router; certified are 0.05"):
+        certified.answer_batch(batch, [[Budget.parse("auto,loss<=0.02")] * len(ROWS)])
 
 
 def test_text_alone_takes_no_soft_tokens(answerer: Answerer) -> None:
