@@ -28,6 +28,8 @@ MAX_COMPONENTS = 32
 L2_GRID = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 """Weights of L2 that cross-validation chooses among, per question."""
 NUM_FOLDS = 5
+MIN_MEDIA = 20
+"""Fewer pictures or clips make no router: each fold, and each fold of the rest, must hold some."""
 MIN_PROBABILITY = 1e-4
 """Confidences are clipped here before their logit is taken; models in half precision round to 0 and 1."""
 
@@ -141,15 +143,20 @@ def folds_of(table: AnswerTable) -> NDArray[np.intp]:
         ValueError: fewer media than folds.
     """
     units = table.units()
-    if len(units) < 2 * NUM_FOLDS:
-        raise ValueError(
-            f"{len(units)} pictures or clips are too few to fit a router, which takes at least {2 * NUM_FOLDS}; "
-            "some hundred make a good one"
-        )
+    if len(units) < NUM_FOLDS:
+        raise too_few(len(units))
     folds = np.zeros(len(table), np.intp)
     for number, rows in enumerate(units):
         folds[rows] = number % NUM_FOLDS
     return folds
+
+
+def too_few(num_media: int) -> ValueError:
+    """Word the refusal of answers about too few media."""
+    return ValueError(
+        f"{num_media} pictures or clips are too few to fit a router, which takes at least {MIN_MEDIA}; some hundred "
+        "make a good one"
+    )
 
 
 def logit_of(confidence: Array) -> Array:

@@ -21,7 +21,7 @@ from mllm.checkpoints.model_files import fingerprint_of_model
 from mllm.checkpoints.tensor_files import write_tensors
 from mllm.router.certificate import Certificate
 from mllm.router.features import MediaSet
-from mllm.router.heads import Heads, Reduction, fit_heads, predict_out_of_fold
+from mllm.router.heads import MIN_MEDIA, Heads, Reduction, fit_heads, predict_out_of_fold, too_few
 from mllm.router.policy import MAX_GROWTHS, Policy, price_grid
 from mllm.router.table import AnswerTable
 from mllm.utils.files import write_text_whole, written_whole
@@ -238,6 +238,8 @@ def fit_media_router(table: AnswerTable, *, is_nested: bool, blocks: Sequence[st
             f"the answers are at {len(table.budgets)} budget, and a router chooses among at least 2: evaluate at the "
             "trained budgets"
         )
+    if (num_media := len(table.units())) < MIN_MEDIA:
+        raise too_few(num_media)
     predictions = predict_out_of_fold(table, blocks)
     rows = np.arange(len(table))
     largest = table.utility[:, -1].mean()

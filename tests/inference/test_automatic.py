@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from tiny_routers import image_router
 
 from mllm.budget import Budget, count_tokens
 from mllm.evaluation.flops import row_cost
@@ -13,8 +14,7 @@ from mllm.evaluation.request_costs import ModelCosts
 from mllm.inference.answerer import Answer, Answerer, Decoding
 from mllm.processing.batch import num_prompt_tokens
 from mllm.router.certificate import Certificate, Promise
-from mllm.router.heads import Heads, Reduction
-from mllm.router.router import MediaRouter, OperatingPoint, Router
+from mllm.router.router import Router
 
 CONFIG = tiny.settings(("image", "audio"))
 BUDGETS = tuple(Budget.parse(text) for text in ("image=1", "image=4", "image=16"))
@@ -23,20 +23,8 @@ ROWS = [([tiny.random_media("image", seed=number), text], "yes") for number, tex
 
 
 def router(answerer: Answerer, *, gain_of_question: float = 6.0, growth: float = 0.0) -> Router:
-    """Heads whose choices differ by question: utilities follow one random direction of its words.
-
-    Args:
-        growth: how strongly a low confidence speaks for a larger budget.
-    """
     width = answerer.model.config.text_config.hidden_size
-    rng = np.random.default_rng(0)
-    question = Reduction(np.zeros(width), rng.normal(0, 1, (width, 1)))
-    before = np.asarray([[0.0, 0.0, 0.0], [-gain_of_question, 0.0, gain_of_question]])
-    after = np.zeros((3, 3, 3))
-    after[:, 1] = [growth, 0.0, -growth]  # of the logit of the confidence
-    points = tuple(OperatingPoint(price, growths, 4.0, 1.0) for price in (0.0, 0.01) for growths in (0, 2))
-    one = MediaRouter(BUDGETS, Heads({"question": question}, before, after, 0.1), points, 4, ())
-    return Router({("image",): one}, {})
+    return image_router(width, BUDGETS, gain_of_question=gain_of_question, growth=growth)
 
 
 @pytest.fixture(scope="module")

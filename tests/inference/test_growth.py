@@ -121,7 +121,7 @@ def test_auto_grows_and_bills_what_was_read(num_images: int) -> None:
     after[0, 0], after[1, 0] = (-4.0, 4.0, 0.0), (0.0, -4.0, 4.0)  # 2 tokens lead to 5, and those to 16
     heads = Heads({"question": question}, np.asarray([[4.0, 0.0, 0.0], [0.0, 0.0, 0.0]]), after, 0.1)
     budgets = tuple(Budget.parse(text) for text in ("image=2", "image=5", "image=16"))
-    routed = MediaRouter(budgets, heads, (OperatingPoint(0.0, 2, 4.0, 1.0),), 1, 1)
+    routed = MediaRouter(budgets, heads, (OperatingPoint(0.0, 2, 4.0, 1.0),), 1, ())
     answerer = replace(answerer, router=Router({("image",): routed}, {}))
     batch = request(answerer, num_images, budgets)
     answer = answerer.answer_batch(batch, [[Budget.parse("auto,price=0.001")]], timed=True)[0][0]

@@ -90,8 +90,8 @@ def test_no_medium_is_in_two_folds(answers: AnswerTable) -> None:
     folds = folds_of(answers)
     assert all(len(set(folds[rows])) == 1 for rows in answers.units())
     assert len(set(folds)) == 5
-    with pytest.raises(ValueError, match="4 pictures or clips are too few"):
-        fit_heads(answers.take(range(12)))
+    with pytest.raises(ValueError, match="19 pictures or clips are too few to fit a router, which takes at least 20"):
+        fit_media_router(answers.take(range(57)), is_nested=False)
 
 
 @pytest.mark.parametrize("is_nested", [True, False])

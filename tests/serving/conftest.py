@@ -6,9 +6,12 @@ from pathlib import Path
 import openai
 import pytest
 import tiny
+from tiny_routers import image_router
 from toy_server import MAX_REQUESTS, Running, server, write_run
 
+from mllm.budget import Budget
 from mllm.checkpoints.load import load
+from mllm.checkpoints.model_files import fingerprint_of_model
 from mllm.inference.answerer import Answerer, Decoding
 
 NUM_FILES = 4
@@ -17,8 +20,11 @@ MAX_NEW_TOKENS = 24
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny run that takes images, audio and lips."""
-    return write_run(tmp_path_factory.mktemp("served"))
+    """The folder of a tiny run that takes images, audio and lips, with a router of requests about images."""
+    made = write_run(tmp_path_factory.mktemp("served"))
+    budgets = [Budget.parse(f"image={count}") for count in (1, 4, 16)]
+    image_router(tiny.llm_config().hidden_size, budgets, fingerprint=fingerprint_of_model(made)).write(made)
+    return made
 
 
 @pytest.fixture(scope="session")

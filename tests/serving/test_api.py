@@ -5,6 +5,7 @@ import json
 import random
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from toy_server import HTTP, NAME, Running, data_url, part, user
 
 from mllm.inference.answerer import DEFAULT_PROMPTS, Answerer
+from mllm.router.router import load_router
 
 BUDGETS = {"image": ("image=64", "image=16", "image=3"), "audio": ("audio=/4", "audio=/8"), "video": ("video=/2",)}
 TEXTS = ("what is it?", "say it.", "which colour is the circle in the picture?")
@@ -60,6 +62,37 @@ def test_answers_at_concurrent_clients_are_those_of_the_answerer(
         assert soft_tokens(answer) == wanted.tokens
         assert answer.usage.model_extra["is_trained"] == wanted.is_trained
     assert len({answer.choices[0].message.content for answer in answers}) > 10  # they really are different requests
+
+
+def test_auto_is_settled_for_each_request_by_its_router(
+    client: openai.OpenAI, answerer: Answerer, run: Path, files: Files
+) -> None:
+    routed = replace(answerer, router=load_router(run), max_growths=0)
+    image = files[0]["image"]
+    chosen = []
+    for text in (*TEXTS, "how many objects?", "is it left of the letter?"):
+        answer = ask_for(client, part("image", image), text, budget="auto,price=0.001")
+        expected = routed(text, image=image, budget="auto,price=0.001")
+        chosen.append(answer.usage.model_extra["budget"])
+        assert chosen[-1] == str(expected.budget)
+        assert answer.choices[0].message.content == expected.text
+        assert soft_tokens(answer) == expected.tokens
+        fixed = ask_for(client, part("image", image), text, budget=chosen[-1])
+        assert fixed.choices[0].message.content == answer.choices[0].message.content
+    assert len(set(chosen)) > 1, "the questions ask for different budgets"
+    text = TEXTS[0]
+    answer = ask_for(client, part("image", image, detail="auto"), text)
+    assert answer.usage.model_extra["budget"] == str(routed(text, image=image, budget="auto").budget)
+    capped = ask_for(client, part("image", image), text, budget="auto,price=0,total<=1")
+    assert capped.usage.model_extra["budget"] == "image=1"
+    for budget, message in (
+        ("auto,mean_tokens<=1", "mean_tokens<=1 cannot be met: this router needs at least 4"),
+        ("flops<=10", "budget 'flops<=10' cannot be met: image=1 takes"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=message):
+            ask_for(client, part("image", image), text, budget=budget)
+    with pytest.raises(openai.BadRequestError, match="auto chooses for requests about image; this one is about audio"):
+        ask_for(client, part("audio", files[0]["audio"]), text, budget="auto")
 
 
 def test_several_images_and_turns_stand_in_their_order(client: openai.OpenAI, answerer: Answerer, files: Files) -> None:
