@@ -17,6 +17,7 @@ from typing import Any
 VERBS = {
     "train": "mllm.commands.train",
     "generate": "mllm.commands.generate",
+    "chat": "mllm.commands.chat",
     "evaluate": "mllm.commands.evaluate",
     "compare": "mllm.commands.compare",
     "lmms-eval": "mllm.commands.lmms_eval",
