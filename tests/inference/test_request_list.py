@@ -1,4 +1,4 @@
-"""A list of requests is answered in its order as each would be alone; a bad line is told by its number and costs no other."""
+"""A list is answered in its order as each line would be alone; a bad line is told by its number and costs no other."""
 
 import json
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_a_list_is_answered_in_its_order_as_each_line_alone(run: Path, capsys: p
     assert "answered 5 of 12 requests" in shown.err
     answerer = Answerer(*load(run), Decoding(max_new_tokens=6))
     for number, line in GOOD.items():
-        files = {
+        files: dict[str, Any] = {
             medium: [str(media / name) for name in ([line[medium]] if isinstance(line[medium], str) else line[medium])]
             for medium in ("image", "audio")
             if medium in line
@@ -78,9 +78,8 @@ def test_a_list_is_answered_in_its_order_as_each_line_alone(run: Path, capsys: p
 def test_requests_of_a_batch_that_hold_the_same_file_encode_it_once(run: Path) -> None:
     answerer = Answerer(*load(run), Decoding(max_new_tokens=2))
     shapes = []
-    handle = answerer.model.model.vision_tower.register_forward_hook(
-        lambda _, inputs, __: shapes.append(len(inputs[0]))
-    )
+    encoder = answerer.model.model.vision_tower
+    handle = encoder.register_forward_hook(lambda _, inputs, __: shapes.append(len(inputs[0])))
     listed = read_request_list(run.parent / "media" / "list.jsonl")
     same = [line for line in listed if line.line_number in (1, 11)]
     answers = list(answer_requests(answerer, same, Budget()))
