@@ -16,6 +16,7 @@ from typing import Any
 
 VERBS = {
     "train": "mllm.commands.train",
+    "report": "mllm.commands.report",
     "generate": "mllm.commands.generate",
     "chat": "mllm.commands.chat",
     "evaluate": "mllm.commands.evaluate",

@@ -247,8 +247,26 @@ class TrainConfig:
     """Keeps so many of the newest checkpoints."""
     validate_every: int | None = None
     """Validates every so many steps; at the end only when left out, and never without data.validation."""
+    answered_samples: int = 0
+    """Answers so many samples of data.validation at every validation, at each of its budgets, and logs word error rates
+    and accuracies as `mllm evaluate` computes them; none when 0."""
+    answer_tokens: int = 64
+    """Caps the tokens of one such answer."""
+    best_metric: str | None = None
+    """Keeps what was trained when this figure of the validation was best, in the folder `best` of the run: loss,
+    loss/audio=/4, wer, wer/asr/audio=/4, accuracy/vqa/image=16, or another that the log has."""
+    best_is: Literal["auto", "lowest", "highest"] = "auto"
+    """Says which value of best_metric is best; auto knows losses, error rates and accuracies."""
+    early_stopping: int | None = None
+    """Stops after so many validations in a row in which best_metric was no better than before."""
+    overfit_batches: int | None = None
+    """Trains on the first so many micro-batches again and again, to see that a model can learn them at all; `mllm train
+    --overfit N` sets it."""
     tensorboard: bool = True
     """Also writes the log for tensorboard, where it is installed."""
+    report_to: list[Literal["wandb", "trackio", "mlflow"]] = field(default_factory=list)
+    """Also reports to these, which are set up by their own environment variables, such as WANDB_PROJECT, as in
+    transformers; each must be installed."""
     progress: bool = True
     """Shows a progress bar."""
     use_cpu: bool = False
@@ -273,6 +291,8 @@ class TrainConfig:
             raise ValueError("train.parts is empty, so nothing would learn; leave it out for the usual parts")
         if self.packed_attention == "flex" and (self.use_cpu or not self.packing):
             raise ValueError("train.packed_attention flex needs train.packing and a GPU, where its backward pass is")
+        if self.overfit_batches is not None and self.epochs is not None:
+            raise ValueError("train.overfit_batches goes with train.max_steps; an epoch of a few batches is none")
         if self.loss_kernel == "liger" and self.use_cpu:
             raise ValueError(
                 "train.loss_kernel is liger, which needs a CUDA device, but train.use_cpu is true; use torch"
@@ -287,6 +307,8 @@ class TrainConfig:
     def _check_ranges(self) -> None:
         check_at_least(self, ("max_steps", "epochs", "save_every", "validate_every"), prefix="train.")
         check_at_least(self, ("log_every", "keep_checkpoints", "accumulation"), prefix="train.")
+        check_at_least(self, ("answer_tokens", "early_stopping", "overfit_batches"), prefix="train.")
+        check_at_least(self, ("answered_samples",), 0, prefix="train.")
         check_at_least(self, ("warmup_steps", "weight_decay", "max_grad_norm", "sink_weight"), 0, prefix="train.")
         for task, weight in self.task_weights.items():
             if weight <= 0:
@@ -337,8 +359,19 @@ class RunConfig:
         for budget in self.sampler.points:
             if missing := Budget.parse(budget).media - set(self.model.media):
                 raise ValueError(f"sampler.points holds {budget!r}, but model.{min(missing)} is not set")
-        if self.train.validate_every and not self.data.validation:
-            raise ValueError("train.validate_every is set, but data.validation names no manifest")
+        self._check_validation()
+
+    def _check_validation(self) -> None:
+        train = self.train
+        for key in ("validate_every", "answered_samples", "best_metric"):
+            if getattr(train, key) and not self.data.validation:
+                raise ValueError(f"train.{key} is set, but data.validation names no manifest")
+        if train.early_stopping is not None and train.best_metric is None:
+            raise ValueError("train.early_stopping waits for train.best_metric, which is not set")
+        if train.best_is != "auto" and train.best_metric is None:
+            raise ValueError(f"train.best_is is {train.best_is}, but there is no train.best_metric")
+        if train.answered_samples and self.data.features is not None:
+            raise ValueError("train.answered_samples needs the encoders, which data.features leaves a run without")
 
     def _check_frozen_teacher(self) -> None:
         if not self.sampler.has_frozen_teacher:

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ import yaml
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
+from mllm.budget import Budget
 from mllm.checkpoints.auto_classes import register
 from mllm.checkpoints.build import build, resolved
 from mllm.checkpoints.load import load_trainables, save_run
 from mllm.checkpoints.sources import find_parts, identities, resolve_source, seen_from
 from mllm.config.model import ModelConfig
-from mllm.config.run import RunConfig, config_yaml, read_run_config
+from mllm.config.run import DataConfig, RunConfig, config_yaml, read_run_config
 from mllm.data.dataset import ManifestDataset
 from mllm.data.shared_media import samples_that_share
 from mllm.model.modeling import ElasticForConditionalGeneration
@@ -40,6 +41,7 @@ from mllm.training.feature_cache.features import FeatureDataset, pass_features_t
 from mllm.training.initialization.projector_fit import fit_projectors
 from mllm.training.initialization.start_from import start_from
 from mllm.training.interruption import StopOnRequest, stopping_on_interrupt
+from mllm.training.memory import tell_memory
 from mllm.training.pipeline.batches import RankSlots
 from mllm.training.pipeline.dataset import TrainingData, build_sampler, extreme_budgets, load_dataset
 from mllm.training.pipeline.loaders import encode, loading, train_loader, validation_loader
@@ -98,6 +100,10 @@ def train(
     config = read_config(config)
     if metric is not None and config.data.features is not None:
         raise ValueError("metric measures answers, for which data.features leaves the run no encoders; leave one out")
+    if config.train.answered_samples and metric is None:
+        raise ValueError(
+            "train.answered_samples needs what scores answers: start the run by mllm.train or `mllm train`"
+        )
     arguments = launch(config)  # before the model: ZeRO-3 shards weights while they load
     with _locked(arguments.run):
         start = _checkpoint_to_start_from(arguments.run, resume)
@@ -108,6 +114,8 @@ def train(
         data = load_dataset(located, fits_captions=start is None)
         model, processor = build_model(located)
         model.config.sources = _sources_of(config.model, model.config.sources or {}, arguments.run)
+        if not is_sharded(model):
+            tell_memory(model, arguments.device)
         if start is not None:
             check_continues(start.facts, {**_facts(config, model), "processes": arguments.world_size})
         if arguments.should_save:
@@ -209,21 +217,15 @@ def build_trainer(
         dataset = FeatureDataset(samples, stores.train, watch, groups=groups)
     if fits:
         _fit_projectors(config, arguments, model, processor, data, stores)
-    encode_rows = partial(
-        encode,
-        processor=processor,
-        budgets=extreme_budgets(sampler),
-        watch=watch,
-        max_sample_tokens=config.data.max_sample_tokens,
-    )
     batches = train_loader(
         dataset,
         data.scans["train"],
         config=config.data,
-        encode=encode_rows,
+        encode=_encoding(config.data, processor, extreme_budgets(sampler), watch),
         run=arguments.run,
         seed=config.train.seed,
         slots=slots,
+        num_repeated=config.train.overfit_batches,
     )
     if config.train.epochs is not None:
         arguments.max_steps = batches.batch_sampler.steps(config.train.epochs)  # type: ignore[union-attr]
@@ -241,6 +243,13 @@ def build_trainer(
     if config.train.gradient_checkpointing:
         trainer.checkpoint_activations()
     return trainer
+
+
+def _encoding(
+    data: DataConfig, processor: ElasticProcessor, budgets: Sequence[Budget], watch: Stopwatch
+) -> Callable[..., dict[str, Any]]:
+    """Make what encodes samples and their media to a micro-batch, and takes its time."""
+    return partial(encode, processor=processor, budgets=budgets, watch=watch, max_sample_tokens=data.max_sample_tokens)
 
 
 def _facts(config: RunConfig, model: ElasticForConditionalGeneration) -> dict[str, Any]:
