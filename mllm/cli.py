@@ -30,6 +30,7 @@ VERBS = {
     "router report": "mllm.commands.router_report",
     "demo": "mllm.commands.demo",
     "export": "mllm.commands.export",
+    "push": "mllm.commands.push",
     "data check": "mllm.commands.data_check",
     "data balance": "mllm.commands.data_balance",
     "data import": "mllm.commands.data_import",

@@ -28,6 +28,9 @@ class FeatureConfig:
     folder: str
     """Names the folder, which is filled before the first step; runs with the same encoders and augmentation may share
     it."""
+    media: list[Literal["image", "audio", "video"]] = field(default_factory=list)
+    """Keeps these media alone, such as images beside audio that is augmented anew in every epoch; the others are read
+    and encoded in every epoch. All are kept when left out."""
     versions: int = 1
     """Keeps so many differently augmented versions of each sample; an epoch reads the one of its number modulo this."""
     seed: int = 0
@@ -197,7 +200,8 @@ class TrainConfig:
     epochs: int | None = None
     """Goes so often over the training samples, rounded up to a whole optimizer step; or give max_steps."""
     start_from: str | None = None
-    """Starts from the trained values of this run folder, e.g. of a first stage or of a converted checkpoint."""
+    """Starts from the trained values of this run folder, e.g. of a first stage or of a converted checkpoint, or from a
+    LoRA in PEFT's format in this folder."""
     parts: list[Part] | None = None
     """Lists what learns, a whole part by its name; the compressors and, where there is one, the adapter when left
     out."""
@@ -390,19 +394,36 @@ class RunConfig:
     def _check_data(self) -> None:
         if self.data.host_answer_tokens is not None and self.model.host is None:
             raise ValueError("data.host_answer_tokens is set, but there is no model.host that could answer")
-        if self.data.features is None:
-            return
+        if self.data.features is not None:
+            self._check_features(self.data.features)
+
+    def _check_features(self, features: FeatureConfig) -> None:
+        """Refuse features that cannot be kept, or would not be those of the run.
+
+        Raises:
+            ValueError: the first reason why.
+        """
         if self.model.host is not None:
             raise ValueError("data.features does not go with model.host yet; leave it out")
-        if learning := sorted(set(self.parts) & set(MEDIA)):
+        kept = self.kept_media
+        for key, allowed in (("media", self.model.media), ("pooled", kept)):
+            if other := sorted(set(getattr(features, key)) - set(allowed)):
+                raise ValueError(f"data.features.{key} names {other[0]}; allowed: {', '.join(allowed)}")
+        if learning := sorted(set(self.parts) & set(kept)):
             raise ValueError(f"data.features keeps what frozen encoders give, but train.parts holds {learning[0]}")
         for medium, block in self.model.encoded_media.items():
-            if block.encoder is not None and block.encoder.adapter is not None:
+            if medium in kept and block.encoder is not None and block.encoder.adapter is not None:
                 raise ValueError(
                     f"data.features keeps what frozen encoders give; model.{medium}.encoder.adapter is set"
                 )
-        if self.model.shows_frames or (self.model.image is not None and self.model.image.tiling is not None):
+        has_tiles = self.model.image is not None and self.model.image.tiling is not None
+        if {"image", "video"} & set(kept) and (self.model.shows_frames or has_tiles):
             raise ValueError("data.features keeps one encoding per file; leave it out with tiling and video frames")
+        if len({"audio", "video"} & set(kept)) == 1 and {"audio", "video"} <= set(self.model.media):
+            raise ValueError(
+                f"data.features.media is {list(kept)}; audio and video of one clip are brought to one length, so keep "
+                "both or neither"
+            )
 
     def _check_parts(self) -> None:
         for part in self.parts if self.model.host is not None else ():
@@ -422,6 +443,13 @@ class RunConfig:
         # A host's features are pooled without weights.
         compressors: tuple[Part, ...] = ("compressors",) if self.model.media and self.model.host is None else ()
         return (*compressors, "adapter") if self.model.has_adapter else compressors
+
+    @property
+    def kept_media(self) -> tuple[str, ...]:
+        """Return the media whose features are kept; none without data.features."""
+        if self.data.features is None:
+            return ()
+        return tuple(m for m in self.model.media if m in (self.data.features.media or self.model.media))
 
     @property
     def parts(self) -> tuple[Part, ...]:

@@ -67,7 +67,7 @@ def read_run(run: Path) -> RunFiles:
         name=run.resolve().name,
         log=_read_rows(run / LOG),
         settings=settings.read_text(encoding="utf-8") if settings.is_file() else "",
-        results=_results(run),
+        results=read_results(run),
         answers=answers,
         answered_in=answered_in,
     )
@@ -117,7 +117,7 @@ def curves(log: Rows) -> dict[str, dict[str, list[tuple[int, float]]]]:
     return sorted_out
 
 
-def _results(run: Path) -> Rows:
+def read_results(run: Path) -> Rows:
     """Read the rows of every evaluation in a run folder, each with the name of its folder."""
     return [
         {"evaluation": str(path.parent.relative_to(run)), **row}

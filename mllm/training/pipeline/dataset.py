@@ -23,7 +23,7 @@ from mllm.data.manifest import Sample
 from mllm.data.readers import missing_media
 from mllm.data.skipped import SkipLog, SkippedSample, too_many_bad
 from mllm.processing.processor import ElasticProcessor
-from mllm.training.feature_cache.building import FeatureSamples, with_captions
+from mllm.training.feature_cache.building import FeatureSamples, check_folder, with_captions
 from mllm.training.pipeline.loaders import SKIPPED_FILE, build_augmentation, read_samples
 from mllm.training.pipeline.token_scan import TokenScan, scan_tokens
 
@@ -63,6 +63,8 @@ def load_dataset(config: RunConfig, *, fits_captions: bool = True) -> TrainingDa
     """
     data, dataset = config.data, TrainingData()
     build_augmentation(data)  # noise that cannot be mixed is refused here
+    if data.features is not None:
+        check_folder(config)
     for name in ("train", "validation", *(["captions"] if fits_captions else [])):
         if manifests := getattr(data, name):
             dataset.samples[name] = read_samples(manifests, data)
