@@ -16,11 +16,11 @@ from typing import Any
 
 VERBS = {
     "train": "mllm.commands.train",
-    "report": "mllm.commands.report",
     "generate": "mllm.commands.generate",
     "chat": "mllm.commands.chat",
     "evaluate": "mllm.commands.evaluate",
     "compare": "mllm.commands.compare",
+    "report": "mllm.commands.report",
     "lmms-eval": "mllm.commands.lmms_eval",
     "serve": "mllm.commands.serve",
     "page": "mllm.commands.page",

@@ -124,7 +124,7 @@ def test_images_are_kept_while_audio_is_augmented_anew_in_every_epoch(
 def test_items_of_files_and_of_a_store_stand_in_the_order_of_their_sample(world: Path, tmp_path: Path) -> None:
     names = [("audio", "media/1.wav"), ("image", "media/2.png"), ("audio", "media/0.wav"), ("image", "media/1.png")]
     content = tuple(Media(medium, path) for medium, path in names)  # type: ignore[arg-type]
-    sample = Sample("mixed", (Message("user", content), Message("assistant", (Text("yes"),))), root=world)
+    sample = Sample("mixed", (Message("user", content), Message("assistant", (Text("yes"),))), "vqa", root=world)
     kept = FeatureConfig(folder=str(tmp_path / "kept"), media=["image"])
     config = settings_of(world, tmp_path / "run", features=kept)
     model, processor = build(config.model)

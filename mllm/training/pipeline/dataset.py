@@ -26,6 +26,7 @@ from mllm.processing.processor import ElasticProcessor
 from mllm.training.feature_cache.building import FeatureSamples, check_folder, with_captions
 from mllm.training.pipeline.loaders import SKIPPED_FILE, build_augmentation, read_samples
 from mllm.training.pipeline.token_scan import TokenScan, scan_tokens
+from mllm.utils.collector import collector_paused
 
 SCANS = "token_scan"
 """Folder of a run that holds the token counts of its samples."""
@@ -49,6 +50,7 @@ class TrainingData:
         return FeatureSamples(train, self.samples.get("validation", []))
 
 
+@collector_paused()
 def load_dataset(config: RunConfig, *, fits_captions: bool = True) -> TrainingData:
     """Read and check everything that a run trains on, validates on and fits its projectors to; every process does.
 
