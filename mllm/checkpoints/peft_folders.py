@@ -107,7 +107,8 @@ def loras_of_bank(model: ElasticForConditionalGeneration, names: ExpertNames) ->
 
 def decoder_prefix(config: PreTrainedConfig) -> str:
     """Return where the decoder is in the plain causal LM of an LLM's family, such as `model.`."""
-    return f"{MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].base_model_prefix}."
+    family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return f"{family.base_model_prefix}."
 
 
 def folder_name(name: str) -> str:

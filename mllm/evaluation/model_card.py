@@ -95,7 +95,7 @@ def licence_of(folder: Path) -> str:
     if not (folder / CARD).is_file():
         return NOT_STATED
     try:
-        stated = ModelCard.load(folder / CARD).data.license
+        stated = ModelCard.load(folder / CARD).data.to_dict().get("license")
     except (ValueError, yaml.YAMLError):  # a page that is no card
         return NOT_STATED
     return str(stated or NOT_STATED)
@@ -185,7 +185,7 @@ def _use_section(name: str, parts: Sequence[PartFacts], *, is_export: bool) -> l
 def _eval_results(results: Rows) -> list[EvalResult] | None:
     found = [
         EvalResult(
-            task_type=HUB_TASKS.get(row["task"], row["task"]),
+            task_type=HUB_TASKS.get(row["task"], str(row["task"])),
             dataset_type=str(row["set"]),
             dataset_name=f"{row['set']}{_noise(row)} at {row['budget']}",
             metric_type=row["metric"],
