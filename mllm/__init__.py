@@ -20,7 +20,7 @@ _LAZY = {
     "load": "mllm.checkpoints.load",
     "load_router": "mllm.router.router",
     "register": "mllm.checkpoints.auto_classes",
-    "train": "mllm.training.run",
+    "train": "mllm.commands.train",
 }
 
 __all__ = ["Budget", "Space", "__version__", *_LAZY]

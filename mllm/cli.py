@@ -17,8 +17,10 @@ from typing import Any
 VERBS = {
     "train": "mllm.commands.train",
     "generate": "mllm.commands.generate",
+    "chat": "mllm.commands.chat",
     "evaluate": "mllm.commands.evaluate",
     "compare": "mllm.commands.compare",
+    "report": "mllm.commands.report",
     "lmms-eval": "mllm.commands.lmms_eval",
     "serve": "mllm.commands.serve",
     "page": "mllm.commands.page",
@@ -28,6 +30,7 @@ VERBS = {
     "router report": "mllm.commands.router_report",
     "demo": "mllm.commands.demo",
     "export": "mllm.commands.export",
+    "push": "mllm.commands.push",
     "data check": "mllm.commands.data_check",
     "data balance": "mllm.commands.data_balance",
     "data import": "mllm.commands.data_import",

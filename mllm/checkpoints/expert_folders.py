@@ -11,20 +11,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-
 from mllm.adapters.expert_ids import NO_EXPERT, ExpertNames
-from mllm.adapters.lora_bank import PlainLora, lora_of, shared_lora_of, take_out_bank
+from mllm.adapters.lora_bank import take_out_bank
 from mllm.budget import TokenCount
-from mllm.checkpoints.tensor_files import write_tensors
+from mllm.checkpoints.peft_folders import (
+    CONFIG_FILE,
+    ELASTIC_PREFIX,
+    SHARED,
+    WEIGHTS_FILE,
+    folder_name,
+    loras_of_bank,
+    write_lora,
+)
+from mllm.model.modeling import ElasticForConditionalGeneration
 
 FILE = "experts.json"
 FOLDER = "experts"
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 EXPERT_KEYS = {"scales", "tasks", "has_shared", "rank"}
-SHARED = "shared"
-"""The expert of rows without media, which every other one holds as well."""
-LLM_PREFIX = "base_model.model.model.language_model."
 
 
 @dataclass(frozen=True)
@@ -56,23 +59,20 @@ class ExpertFolders:
         return names[number]
 
 
-def write_experts(llm: nn.Module, names: ExpertNames, folder: Path) -> None:
-    """Write every expert of an LLM's bank, together with the shared one, and take the bank out of the LLM.
+def write_experts(model: ElasticForConditionalGeneration, names: ExpertNames, folder: Path) -> None:
+    """Write every expert of the LLM's bank, together with the shared one, and take the bank out of the LLM.
 
     Raises:
         ValueError: no bank, or one that has a shared expert alone, which is merged.
     """
     if not (names.scales or names.tasks):
         raise ValueError("experts_as_lora is true, but the adapter has no experts per scale or task")
-    loras = {name: lora_of(llm, scale_id=number) for number, name in enumerate(names.scales)}
-    loras |= {name: lora_of(llm, task_id=number) for number, name in enumerate(names.tasks)}
-    if (shared := shared_lora_of(llm)) is not None:
-        loras[SHARED] = shared
-    take_out_bank(llm)
+    loras = loras_of_bank(model, names)
+    take_out_bank(model.model.language_model)
     for name, lora in loras.items():
-        _write_lora(lora, folder / FOLDER / folder_name(name))
+        write_lora(lora, folder / FOLDER / folder_name(name), prefix=ELASTIC_PREFIX)
     rank = max(lora.rank for lora in loras.values())
-    values = {"scales": list(names.scales), "tasks": list(names.tasks), "has_shared": shared is not None, "rank": rank}
+    values = {"scales": list(names.scales), "tasks": list(names.tasks), "has_shared": SHARED in loras, "rank": rank}
     (folder / FILE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
@@ -93,26 +93,7 @@ def read_experts(folder: str | Path) -> ExpertFolders | None:
     written = (*names.scales, *names.tasks, *([SHARED] if values["has_shared"] else []))
     folders = {name: path.parent / FOLDER / folder_name(name) for name in written}
     for name, expert in folders.items():
-        for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
             if not (expert / file).is_file():
                 raise FileNotFoundError(f"{expert / file} is missing, which {path} names as the expert {name!r}")
     return ExpertFolders(names, values["rank"], {name: str(expert) for name, expert in folders.items()})
-
-
-def folder_name(name: str) -> str:
-    """Write the name of a scale as that of a folder: `audio=/4` is `audio=per4`."""
-    return name.replace("/", "per")
-
-
-def _write_lora(lora: PlainLora, folder: Path) -> None:
-    from peft import LoraConfig
-
-    folder.mkdir(parents=True)
-    alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
-    config = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=lora.targets, task_type="CAUSAL_LM")  # pyright: ignore
-    config.save_pretrained(str(folder))
-    tensors = {}
-    for name, (down, up) in lora.weights.items():
-        tensors[f"{LLM_PREFIX}{name}.lora_A.weight"] = down.detach().cpu().contiguous()
-        tensors[f"{LLM_PREFIX}{name}.lora_B.weight"] = up.detach().cpu().contiguous()
-    write_tensors(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})

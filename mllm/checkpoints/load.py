@@ -22,6 +22,7 @@ from mllm.adapters import merge_adapters, select_experts
 from mllm.checkpoints.auto_classes import register
 from mllm.checkpoints.build import assemble
 from mllm.checkpoints.expert_folders import read_experts, write_experts
+from mllm.checkpoints.peft_folders import write_adapters
 from mllm.checkpoints.pretrained import load_checked
 from mllm.checkpoints.sources import find_parts, seen_from
 from mllm.checkpoints.tensor_files import write_model, write_tensors
@@ -46,7 +47,7 @@ def save_run(
     *,
     state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a run folder: aside first, then file by file in place, the weights last.
+    """Write a run folder: aside first, then file by file in place, the weights last; then its LoRA as others read it.
 
     Args:
         state: the trainables when they do not lie whole in the model (ZeRO-3); the model's own otherwise.
@@ -58,11 +59,13 @@ def save_run(
     model.config.sources = seen_from(model.config.sources or {}, folder)
     model.config.save_pretrained(aside)
     processor.save_pretrained(aside)
-    save_trainables(state if state is not None else trainable_state(model), aside / TRAINABLES)
+    state = trainable_state(model) if state is None else state
+    save_trainables(state, aside / TRAINABLES)
     folder.mkdir(parents=True, exist_ok=True)
     for file in sorted(aside.iterdir(), key=lambda file: file.name == TRAINABLES):
         os.replace(file, folder / file.name)
     aside.rmdir()
+    write_adapters(model, processor.expert_names, folder, state)
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
@@ -283,7 +286,7 @@ def export(
         _write_with_adapter(model, processor, out)
         return
     if experts_as_lora:
-        write_experts(model.model.language_model, processor.expert_names, out)
+        write_experts(model, processor.expert_names, out)
     else:
         select_experts(
             model.model.language_model,

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 from mllm.config.model import check_parts
@@ -165,12 +166,19 @@ def weight_files(folder: str | Path) -> list[Path]:
 def digest_of(folder: str | Path) -> str:
     """Compute the SHA-256 over the files of `weight_files`, names and contents; empty where there are none."""
     files = weight_files(folder)
+    facts = [(file, file.stat()) for file in files]
+    return _digest_of_files(tuple((str(file), fact.st_size, fact.st_mtime_ns) for file, fact in facts))
+
+
+@lru_cache(maxsize=64)
+def _digest_of_files(files: tuple[tuple[str, int, int], ...]) -> str:
+    """Compute the digest of files of these sizes and times, once per process: a run needs it several times."""
     if not files:
         return ""
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
+    for path, _, _ in files:
+        digest.update(Path(path).name.encode())
+        with open(path, "rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()

@@ -29,8 +29,12 @@ class Settings:
 
 def run(settings: Settings) -> int:
     """Exports the model."""
+    from pathlib import Path
+
     from mllm.checkpoints.load import export
     from mllm.commands.terminal import console, quiet_loading
+    from mllm.evaluation.hub import write_card
+    from mllm.utils.run_paths import model_folder, run_of
 
     quiet_loading()
     export(
@@ -43,5 +47,6 @@ def run(settings: Settings) -> int:
         llm_only=settings.llm_only,
         experts_as_lora=settings.experts_as_lora,
     )
+    write_card(run_of(model_folder(settings.model, settings.checkpoint)), Path(settings.out))
     console().print(f"written to {settings.out}")
     return 0

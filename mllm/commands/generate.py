@@ -1,23 +1,28 @@
-"""Runs `mllm generate`: answers a question about files, word by word, or several questions about the same files."""
+"""Runs `mllm generate`: answers a question about files, word by word, several about the same files, or a list."""
 
+import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mllm.budget import Budget
+from mllm.config.checks import check_at_least
+from mllm.config.decoding_options import DecodingOptions
 from mllm.config.long_audio import LongAudioOptions
 from mllm.config.model_options import ModelOptions
 
 if TYPE_CHECKING:
-    from mllm.inference.answerer import Answer
+    from mllm.inference.answerer import Answer, Answerer
+    from mllm.inference.request_list import AnsweredRequest, ListedRequest, RefusedRequest
 
-SUMMARY = "Answer a question about images, audio and videos at a budget."
+SUMMARY = "Answer a question about images, audio and videos at a budget, or a list of them."
+MAX_REFUSED_SHOWN = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(LongAudioOptions, ModelOptions):
+class Settings(DecodingOptions, LongAudioOptions, ModelOptions):
     """Answer questions about files; without a text, speech is transcribed and an image described."""
 
     text: list[str] = field(default_factory=list)
@@ -32,62 +37,69 @@ class Settings(LongAudioOptions, ModelOptions):
     budget: str = ""
     """Soft tokens, e.g. "image=64", "audio=/4,video=/2", "total<=256", or "auto", which a fitted router chooses; when
     left out the most the model was trained on."""
-    num_beams: int = 1
-    """Number of beams; 1 is greedy. Beams are deterministic, and the LLM's generation config, which may sample, is not
-    followed."""
-    length_penalty: float = 1.0
-    """Power of the length that a beam's sum of log-probabilities is divided by."""
-    max_new_tokens: int = 64
-    """Most tokens of an answer."""
-    temperature: float | None = None
-    """Temperature to sample at, instead of taking the best token."""
-    seed: int = 0
-    """Random seed for sampling."""
+    inputs: str | None = None
+    """A list of requests to answer in place of one, a JSON object per line with text, image, audio, video, budget and
+    id, paths relative to its folder. Answers are written as JSON lines in its order."""
+    batch_size: int = 8
+    """Most requests of a list that are answered together."""
     timing: bool = False
     """Also print the milliseconds of encoder, prefill and decoding. The request is run once before without being
     measured, since the first one also pays for what a process does only once."""
     max_mismatch_seconds: float | None = 0.08
     """Most seconds by which an audio and a video of one name may differ in length; null never compares."""
-    static_cache: bool = False
-    """Decode with a cache of a fixed size, which CUDA replays as a graph."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.text or self.image or self.audio or self.video):
-            raise ValueError("nothing to answer: give --text, --image, --audio or --video")
+        if self.inputs is not None:
+            for key in ("text", "image", "audio", "video", "timing"):
+                if getattr(self, key):
+                    raise ValueError(f"--inputs brings its own questions and files; leave out --{key}")
+        elif not (self.text or self.image or self.audio or self.video):
+            raise ValueError("nothing to answer: give --text, --image, --audio or --video, or --inputs")
+        elif self.batch_size != 8:
+            raise ValueError(f"--batch_size is {self.batch_size}; it goes with --inputs")
+        check_at_least(self, ["batch_size"])
         Budget.parse(self.budget)
 
 
 def run(settings: Settings) -> int:
-    """Answers, and says what was used."""
+    """Answers, and says what was used; 1 where a line of a list could not be answered."""
     from mllm.checkpoints.load import load_for
-    from mllm.commands.terminal import console, quiet_loading
+    from mllm.commands.terminal import console, facts_of_answers, quiet_loading
     from mllm.evaluation.request_costs import ModelCosts
     from mllm.inference.answerer import Answerer, Decoding
+    from mllm.inference.request_list import ListedRequest, read_request_list
     from mllm.media import MediaLoader
     from mllm.router.router import router_for
 
-    decoding = Decoding(
-        settings.num_beams,
-        settings.max_new_tokens,
-        settings.temperature,
-        settings.seed,
-        settings.length_penalty,
-        settings.static_cache,
-    )
+    decoding = Decoding.of(settings)
+    requests = None if settings.inputs is None else read_request_list(settings.inputs)
     quiet_loading()
     model, processor = load_for(settings)
     loader = MediaLoader(gray=True, max_mismatch_seconds=settings.max_mismatch_seconds, limits=settings.limits)
-    folder = settings.model_folder
+    default, folder = Budget.parse(settings.budget), settings.model_folder
+    budgets = [default, *(one.budget for one in requests or () if isinstance(one, ListedRequest) and one.budget)]
     answerer = Answerer(
         model,
         processor,
         decoding,
+        settings.batch_size,
         loader=loader,
         long_audio=settings.read_long_audio(),
-        router=router_for(folder, [Budget.parse(settings.budget)]),
+        router=router_for(folder, budgets),
         request_costs=ModelCosts(model, processor, folder),
     )
+    if requests is not None:
+        return _answer_list(answerer, requests, default)
+    for line in facts_of_answers(_answer(answerer, settings), is_open=default.is_open):
+        console(stderr=True).print(line)
+    return 0
+
+
+def _answer(answerer: "Answerer", settings: Settings) -> "list[Answer]":
+    """Answers the questions about the files, and writes the answers."""
+    from mllm.commands.terminal import piece_writer
+
     files = {"image": settings.image, "audio": settings.audio, "video": settings.video}
     if len(settings.text) > 1:
         ask_all = partial(answerer.answer_questions, settings.text, **files, budget=settings.budget)
@@ -100,46 +112,51 @@ def run(settings: Settings) -> int:
         ask = partial(answerer.answer, text, **files, budget=settings.budget)
         if settings.timing:
             ask()
-        answers = [ask(on_text=_writer(), timed=settings.timing)]
+        answers = [ask(on_text=piece_writer(), timed=settings.timing)]
         sys.stdout.write("\n")
     sys.stdout.flush()
-    for line in facts(answers, is_open=Budget.parse(settings.budget).is_open):
-        console(stderr=True).print(line)
-    return 0
+    return answers
 
 
-def facts(answers: Sequence["Answer"], *, is_open: bool) -> list[str]:
-    """Writes lines about answers to questions about the same files: the tokens of each, and the timing of all.
+def _answer_list(answerer: "Answerer", requests: "Sequence[ListedRequest | RefusedRequest]", budget: Budget) -> int:
+    """Writes what became of each request as a line of JSON, and at the end which lines were not answered."""
+    from mllm.commands.terminal import console, progress_bar
+    from mllm.inference.request_list import RefusedRequest, answer_requests
 
-    Args:
-        is_open: their budgets were chosen for them, and are told.
-    """
-    lines = []
-    for answer in answers:
-        used = ", ".join(f"{medium} {count}" for medium, count in answer.tokens.items()) or "none"
-        trained = "" if answer.is_trained else " (this budget was not trained)"
-        shared = f" ({answer.num_shared_tokens} of them shared)" if answer.num_shared_tokens else ""
-        prompt = f"prompt {answer.num_prompt_tokens}{shared}"
-        before = ", ".join(str(one.budget) for one in answer.discarded)
-        chosen = f" at {answer.budget}{f', after {before}' if before else ''}" if is_open else ""
-        lines.append(f"soft tokens: {used}{chosen}{trained}; {prompt}, answer {answer.num_new_tokens}")
-    if (time := answers[0].timing) is not None:
-        of = f" of all {len(answers)} together" if len(answers) > 1 else ""
-        lines.append(
-            f"milliseconds{of}: encoder {time.encoder_ms:.1f}, prefill {time.prefill_ms:.1f}, "
-            f"decode {time.decode_ms:.1f}"
-        )
-    return lines
+    out, refused = sys.stdout, []  # the bar takes the name sys.stdout where it draws
+    with progress_bar() as show:
+        for done, result in enumerate(answer_requests(answerer, requests, budget), start=1):
+            out.write(json.dumps(_line(result), ensure_ascii=False) + "\n")
+            out.flush()
+            if isinstance(result, RefusedRequest):
+                refused.append(result)
+            if not out.isatty():
+                show("answers", done, len(requests))
+    errors = console(stderr=True)
+    for result in refused[:MAX_REFUSED_SHOWN]:
+        errors.print(f"line {result.line_number}: {result.reason}", soft_wrap=True)
+    if len(refused) > MAX_REFUSED_SHOWN:
+        errors.print(f"and {len(refused) - MAX_REFUSED_SHOWN} more lines, whose answer is an error")
+    errors.print(f"answered {len(requests) - len(refused)} of {len(requests)} requests")
+    return 1 if refused else 0
 
 
-def _writer() -> Callable[[str], None]:
-    """Makes a function that writes pieces as they come, without the blank before the first of them."""
-    begun = False
+def _line(result: "AnsweredRequest | RefusedRequest") -> dict[str, Any]:
+    from mllm.inference.request_list import RefusedRequest
 
-    def write(piece: str) -> None:
-        nonlocal begun
-        sys.stdout.write(piece if begun else piece.lstrip())
-        sys.stdout.flush()
-        begun = begun or bool(piece.strip())
-
-    return write
+    line: dict[str, Any] = {"line": result.line_number}
+    if result.id is not None:
+        line["id"] = result.id
+    if isinstance(result, RefusedRequest):
+        return {**line, "error": result.reason}
+    answer = result.answer
+    return {
+        **line,
+        "answer": answer.text,
+        "budget": str(answer.budget),
+        "tokens": dict(answer.tokens),
+        "is_trained": answer.is_trained,
+        "prompt_tokens": answer.num_prompt_tokens,
+        "new_tokens": answer.num_new_tokens,
+        "is_cut": answer.is_cut,
+    }

@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from mllm.inference.answerer import Answer
     from mllm.utils.progress import Progress
 
 
@@ -81,3 +82,40 @@ def show_conversion(title: str, facts: Iterable[str], folder: str) -> None:
     out = console()
     for line in (title, *facts, f"written to {folder}"):
         out.print(line, soft_wrap=True)
+
+
+def facts_of_answers(answers: Sequence["Answer"], *, is_open: bool) -> list[str]:
+    """Writes lines about answers to questions about the same files: the tokens of each, and the timing of all.
+
+    Args:
+        is_open: their budgets were chosen for them, and are told.
+    """
+    lines = []
+    for answer in answers:
+        used = ", ".join(f"{medium} {count}" for medium, count in answer.tokens.items()) or "none"
+        trained = "" if answer.is_trained else " (this budget was not trained)"
+        shared = f" ({answer.num_shared_tokens} of them shared)" if answer.num_shared_tokens else ""
+        prompt = f"prompt {answer.num_prompt_tokens}{shared}"
+        before = ", ".join(str(one.budget) for one in answer.discarded)
+        chosen = f" at {answer.budget}{f', after {before}' if before else ''}" if is_open else ""
+        lines.append(f"soft tokens: {used}{chosen}{trained}; {prompt}, answer {answer.num_new_tokens}")
+    if (time := answers[0].timing) is not None:
+        of = f" of all {len(answers)} together" if len(answers) > 1 else ""
+        lines.append(
+            f"milliseconds{of}: encoder {time.encoder_ms:.1f}, prefill {time.prefill_ms:.1f}, "
+            f"decode {time.decode_ms:.1f}"
+        )
+    return lines
+
+
+def piece_writer() -> Callable[[str], None]:
+    """Makes a function that writes pieces as they come, without the blank before the first of them."""
+    begun = False
+
+    def write(piece: str) -> None:
+        nonlocal begun
+        sys.stdout.write(piece if begun else piece.lstrip())
+        sys.stdout.flush()
+        begun = begun or bool(piece.strip())
+
+    return write

@@ -270,7 +270,8 @@ class Query(Compressor):
         """Resizes the positions of the queries to the grid of the features, as the released code does: (T, C)."""
         if self.query_grid == self.feature_grid:
             return self.pos_embed
-        table = self.pos_embed.float().unflatten(0, self.query_grid).permute(2, 0, 1)[None]  # (1, C, rows, columns)
+        # (1, C, rows, columns); the batch axis first, so that torch takes its way for channels that lie last.
+        table = self.pos_embed.float().unflatten(0, self.query_grid)[None].permute(0, 3, 1, 2)
         if self.windowed:
             line = functional.interpolate(table[:, :, 0], size=self.feature_grid[1], mode="linear")
             return line[0].T.to(self.pos_embed.dtype)

@@ -28,6 +28,9 @@ class FeatureConfig:
     folder: str
     """Names the folder, which is filled before the first step; runs with the same encoders and augmentation may share
     it."""
+    media: list[Literal["image", "audio", "video"]] = field(default_factory=list)
+    """Keeps these media alone, such as images beside audio that is augmented anew in every epoch; the others are read
+    and encoded in every epoch. All are kept when left out."""
     versions: int = 1
     """Keeps so many differently augmented versions of each sample; an epoch reads the one of its number modulo this."""
     seed: int = 0
@@ -197,7 +200,8 @@ class TrainConfig:
     epochs: int | None = None
     """Goes so often over the training samples, rounded up to a whole optimizer step; or give max_steps."""
     start_from: str | None = None
-    """Starts from the trained values of this run folder, e.g. of a first stage or of a converted checkpoint."""
+    """Starts from the trained values of this run folder, e.g. of a first stage or of a converted checkpoint, or from a
+    LoRA in PEFT's format in this folder."""
     parts: list[Part] | None = None
     """Lists what learns, a whole part by its name; the compressors and, where there is one, the adapter when left
     out."""
@@ -247,8 +251,26 @@ class TrainConfig:
     """Keeps so many of the newest checkpoints."""
     validate_every: int | None = None
     """Validates every so many steps; at the end only when left out, and never without data.validation."""
+    answered_samples: int = 0
+    """Answers so many samples of data.validation at every validation, at each of its budgets, and logs word error rates
+    and accuracies as `mllm evaluate` computes them; none when 0."""
+    answer_tokens: int = 64
+    """Caps the tokens of one such answer."""
+    best_metric: str | None = None
+    """Keeps what was trained when this figure of the validation was best, in the folder `best` of the run: loss,
+    loss/audio=/4, wer, wer/asr/audio=/4, accuracy/vqa/image=16, or another that the log has."""
+    best_is: Literal["auto", "lowest", "highest"] = "auto"
+    """Says which value of best_metric is best; auto knows losses, error rates and accuracies."""
+    early_stopping: int | None = None
+    """Stops after so many validations in a row in which best_metric was no better than before."""
+    overfit_batches: int | None = None
+    """Trains on the first so many micro-batches again and again, to see that a model can learn them at all; `mllm train
+    --overfit N` sets it."""
     tensorboard: bool = True
     """Also writes the log for tensorboard, where it is installed."""
+    report_to: list[Literal["wandb", "trackio", "mlflow"]] = field(default_factory=list)
+    """Also reports to these, which are set up by their own environment variables, such as WANDB_PROJECT, as in
+    transformers; each must be installed."""
     progress: bool = True
     """Shows a progress bar."""
     use_cpu: bool = False
@@ -273,6 +295,8 @@ class TrainConfig:
             raise ValueError("train.parts is empty, so nothing would learn; leave it out for the usual parts")
         if self.packed_attention == "flex" and (self.use_cpu or not self.packing):
             raise ValueError("train.packed_attention flex needs train.packing and a GPU, where its backward pass is")
+        if self.overfit_batches is not None and self.epochs is not None:
+            raise ValueError("train.overfit_batches goes with train.max_steps; an epoch of a few batches is none")
         if self.loss_kernel == "liger" and self.use_cpu:
             raise ValueError(
                 "train.loss_kernel is liger, which needs a CUDA device, but train.use_cpu is true; use torch"
@@ -287,6 +311,8 @@ class TrainConfig:
     def _check_ranges(self) -> None:
         check_at_least(self, ("max_steps", "epochs", "save_every", "validate_every"), prefix="train.")
         check_at_least(self, ("log_every", "keep_checkpoints", "accumulation"), prefix="train.")
+        check_at_least(self, ("answer_tokens", "early_stopping", "overfit_batches"), prefix="train.")
+        check_at_least(self, ("answered_samples",), 0, prefix="train.")
         check_at_least(self, ("warmup_steps", "weight_decay", "max_grad_norm", "sink_weight"), 0, prefix="train.")
         for task, weight in self.task_weights.items():
             if weight <= 0:
@@ -337,8 +363,19 @@ class RunConfig:
         for budget in self.sampler.points:
             if missing := Budget.parse(budget).media - set(self.model.media):
                 raise ValueError(f"sampler.points holds {budget!r}, but model.{min(missing)} is not set")
-        if self.train.validate_every and not self.data.validation:
-            raise ValueError("train.validate_every is set, but data.validation names no manifest")
+        self._check_validation()
+
+    def _check_validation(self) -> None:
+        train = self.train
+        for key in ("validate_every", "answered_samples", "best_metric"):
+            if getattr(train, key) and not self.data.validation:
+                raise ValueError(f"train.{key} is set, but data.validation names no manifest")
+        if train.early_stopping is not None and train.best_metric is None:
+            raise ValueError("train.early_stopping waits for train.best_metric, which is not set")
+        if train.best_is != "auto" and train.best_metric is None:
+            raise ValueError(f"train.best_is is {train.best_is}, but there is no train.best_metric")
+        if train.answered_samples and self.data.features is not None:
+            raise ValueError("train.answered_samples needs the encoders, which data.features leaves a run without")
 
     def _check_frozen_teacher(self) -> None:
         if not self.sampler.has_frozen_teacher:
@@ -357,19 +394,36 @@ class RunConfig:
     def _check_data(self) -> None:
         if self.data.host_answer_tokens is not None and self.model.host is None:
             raise ValueError("data.host_answer_tokens is set, but there is no model.host that could answer")
-        if self.data.features is None:
-            return
+        if self.data.features is not None:
+            self._check_features(self.data.features)
+
+    def _check_features(self, features: FeatureConfig) -> None:
+        """Refuse features that cannot be kept, or would not be those of the run.
+
+        Raises:
+            ValueError: the first reason why.
+        """
         if self.model.host is not None:
             raise ValueError("data.features does not go with model.host yet; leave it out")
-        if learning := sorted(set(self.parts) & set(MEDIA)):
+        kept = self.kept_media
+        for key, allowed in (("media", self.model.media), ("pooled", kept)):
+            if other := sorted(set(getattr(features, key)) - set(allowed)):
+                raise ValueError(f"data.features.{key} names {other[0]}; allowed: {', '.join(allowed)}")
+        if learning := sorted(set(self.parts) & set(kept)):
             raise ValueError(f"data.features keeps what frozen encoders give, but train.parts holds {learning[0]}")
         for medium, block in self.model.encoded_media.items():
-            if block.encoder is not None and block.encoder.adapter is not None:
+            if medium in kept and block.encoder is not None and block.encoder.adapter is not None:
                 raise ValueError(
                     f"data.features keeps what frozen encoders give; model.{medium}.encoder.adapter is set"
                 )
-        if self.model.shows_frames or (self.model.image is not None and self.model.image.tiling is not None):
+        has_tiles = self.model.image is not None and self.model.image.tiling is not None
+        if {"image", "video"} & set(kept) and (self.model.shows_frames or has_tiles):
             raise ValueError("data.features keeps one encoding per file; leave it out with tiling and video frames")
+        if len({"audio", "video"} & set(kept)) == 1 and {"audio", "video"} <= set(self.model.media):
+            raise ValueError(
+                f"data.features.media is {list(kept)}; audio and video of one clip are brought to one length, so keep "
+                "both or neither"
+            )
 
     def _check_parts(self) -> None:
         for part in self.parts if self.model.host is not None else ():
@@ -389,6 +443,13 @@ class RunConfig:
         # A host's features are pooled without weights.
         compressors: tuple[Part, ...] = ("compressors",) if self.model.media and self.model.host is None else ()
         return (*compressors, "adapter") if self.model.has_adapter else compressors
+
+    @property
+    def kept_media(self) -> tuple[str, ...]:
+        """Return the media whose features are kept; none without data.features."""
+        if self.data.features is None:
+            return ()
+        return tuple(m for m in self.model.media if m in (self.data.features.media or self.model.media))
 
     @property
     def parts(self) -> tuple[Part, ...]:

@@ -16,7 +16,9 @@ import os
 import reprlib
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
+from sys import intern
 from typing import Any, Literal, cast
 
 from mllm.budget import MEDIA
@@ -46,6 +48,9 @@ class Media:
 
 
 Part = Text | Media
+MAX_SHARED_CHARACTERS = 40
+"""Of texts that are no longer, such as answers and prompts, equal ones are one object."""
+_NO_META: Mapping[str, Any] = {}
 Key = tuple[str | int, ...]
 
 
@@ -323,17 +328,35 @@ def _type_name(value: object) -> str:
 
 
 def _build_sample(row: dict[str, Any], root: Path) -> Sample:
-    messages = tuple(Message(message["role"], _parts_of(message["content"])) for message in row["messages"])
-    return Sample(row["id"], messages, row["task"], row.get("kind"), row.get("meta", {}), root)
+    # Of a million rows nearly all say the same roles, tasks, kinds and short answers, which are kept once.
+    messages = tuple(Message(cast(Role, intern(one["role"])), _parts_of(one["content"])) for one in row["messages"])
+    kind = row.get("kind")
+    return Sample(
+        row["id"],
+        messages,
+        intern(row["task"]),
+        None if kind is None else intern(kind),
+        row.get("meta") or _NO_META,
+        root,
+    )
 
 
 def _parts_of(content: str | list[dict[str, str]]) -> tuple[Part, ...]:
     if isinstance(content, str):
-        return (Text(content),)
+        return (_text_of(content),)
     return tuple(
-        Text(part["text"]) if part["type"] == "text" else Media(cast(Medium, part["type"]), part["path"])
+        _text_of(part["text"]) if part["type"] == "text" else Media(cast(Medium, intern(part["type"])), part["path"])
         for part in content
     )
+
+
+def _text_of(text: str) -> Text:
+    return _short_text(text) if len(text) <= MAX_SHARED_CHARACTERS else Text(text)
+
+
+@lru_cache(maxsize=4096)
+def _short_text(text: str) -> Text:
+    return Text(text)
 
 
 def _row_of(sample: Sample) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 Knows samples, and how many tokens each costs. Does not know batches, augmentation or how media are loaded.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mllm.data.manifest import Media, Message, Sample
+from mllm.data.manifest import Media, Message, Sample, Text
 
 
 def samples_that_share(samples: Sequence[Sample]) -> list[list[int]]:
@@ -57,6 +57,17 @@ def parts_that_fit(
                 longest = lengths[index]
             parts[-1].append(index)
     return parts
+
+
+def with_media(sample: Sample, media: Collection[str]) -> Sample:
+    """Return a sample without its items of other media; the sample itself where it has none."""
+    if all(part.medium in media for part in sample.media):
+        return sample
+    messages = tuple(
+        replace(message, parts=tuple(part for part in message.parts if isinstance(part, Text) or part.medium in media))
+        for message in sample.messages
+    )
+    return replace(sample, messages=messages)
 
 
 def merge_media(samples: Sequence[Sample], name: str) -> list[Sample]:

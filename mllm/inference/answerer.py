@@ -286,11 +286,19 @@ class Answerer:
                 budgets_of_media.setdefault(sample.media_key, []).append(budget)
             firsts = [same_media[0] for same_media in group_by(rows, lambda sample: sample.media_key)]
             windows = {sample.media_key: self._load(sample, budgets_of_media[sample.media_key]) for sample in firsts}
-            answers += self._answer_rows([(sample, windows[sample.media_key]) for sample in rows], row_budgets)
+            answers += self.answer_loaded([(sample, windows[sample.media_key]) for sample in rows], row_budgets)
         return answers
 
-    def _answer_rows(self, rows: Sequence[tuple[Sample, list[Window]]], budgets: Sequence[Budget]) -> list[Answer]:
-        """Answers the rows of a batch together, except those that come in windows."""
+    def answer_loaded(self, rows: Sequence[tuple[Sample, list[Window]]], budgets: Sequence[Budget]) -> list[Answer]:
+        """Answers samples whose media are loaded, each at its budget, in one batch.
+
+        Args:
+            rows: samples with the windows of their media; those of the same files share the same list. What comes in
+                several windows is answered apart from the others.
+
+        Raises:
+            ValueError: a budget a row cannot meet; the sample is named.
+        """
         whole = [number for number, (_, windows) in enumerate(rows) if len(windows) == 1]
         answers: dict[int, Answer] = {}
         if whole:
@@ -311,6 +319,7 @@ class Answerer:
         batch: Batch,
         budgets: Sequence[Sequence[Budget]],
         *,
+        features: Mapping[str, Features] | None = None,
         on_text: Callable[[str], None] | None = None,
         timed: bool = False,
     ) -> list[list[Answer]]:
@@ -324,6 +333,7 @@ class Answerer:
         Args:
             batch: of `processor.batch(..., for_training=False)`.
             budgets: lists of budgets, each with one per row.
+            features: of `mllm.model.encoding.encode_media`, where the media of the batch were encoded before.
 
         Returns:
             Per list of budgets, one answer per row.
@@ -332,8 +342,10 @@ class Answerer:
             ValueError: a budget a row cannot meet; the sample is named.
         """
         if not any(budget.is_open for of_rows in budgets for budget in of_rows):
-            return self._answer_settled(batch, budgets, on_text=on_text, timed=timed)
-        features, encoder_ms = encode_batch(self.model, batch, timed=timed)
+            return self._answer_settled(batch, budgets, features=features, on_text=on_text, timed=timed)
+        encoder_ms = 0.0
+        if features is None:
+            features, encoder_ms = encode_batch(self.model, batch, timed=timed)
 
         def begin_growing(row: EncodedSample) -> Callable[[Budget], Answer]:
             prompt = GrowingPrompt(self.model, self.processor, self.decoding, row, features)

@@ -16,7 +16,7 @@ import torch
 from mllm.budget import MEDIA, Budget
 from mllm.inference.request import Answer
 from mllm.inference.timing import PHASES, Timing
-from mllm.model.media_arguments import SIZE_KEYS, VALUE_KEYS
+from mllm.model.encoding import encode_media
 from mllm.model.modeling import ElasticForConditionalGeneration, Features
 from mllm.processing.batch import Batch, EncodedSample
 from mllm.router.choice import BudgetChooser, Choice
@@ -114,12 +114,7 @@ def encode_batch(
     """
     device = model.device
     start = time.perf_counter()
-    features = {}
-    for medium, key in VALUE_KEYS.items():
-        if key in batch.values:
-            sizes = batch.values.get(SIZE_KEYS[medium])
-            sizes = None if sizes is None else sizes.to(device)
-            features[medium] = model.model.encode(medium, batch.values[key].to(device), sizes)
+    features = encode_media(model, batch.values, device)
     if timed and device.type != "cpu":
         torch.accelerator.synchronize(device)
     return features, 1000 * (time.perf_counter() - start) if timed else 0.0

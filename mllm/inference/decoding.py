@@ -5,12 +5,13 @@ Knows options, their limits, and which tokens end an answer. Does not know media
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, TextStreamer
 
+from mllm.config.decoding_options import DecodingOptions
 from mllm.config.model import check_at_least
 from mllm.inference.confidence import TokenProbabilities, confidence_of
 from mllm.model.modeling import ElasticForConditionalGeneration
@@ -56,6 +57,15 @@ class Decoding:
             raise ValueError(f"length_penalty is {self.length_penalty} with num_beams 1; it compares beams")
         if self.static_cache and self.num_beams > 1:
             raise ValueError(f"static_cache is true with num_beams {self.num_beams}; beams share a growing cache")
+
+    @classmethod
+    def of(cls, options: DecodingOptions) -> "Decoding":
+        """Takes what the options of a command say.
+
+        Raises:
+            ValueError: as the class.
+        """
+        return cls(**{field.name: getattr(options, field.name) for field in fields(DecodingOptions)})
 
     def options(
         self,

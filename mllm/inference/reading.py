@@ -64,15 +64,49 @@ def read_request(
     """
     budget = Budget.of(budget)
     requests = requests_about(with_audio_of_videos(files, budget), texts, processor)
-    samples, (_, names, media_at_hand) = [request.sample for request in requests], requests[0]
+    samples = [request.sample for request in requests]
     fitting_budget(budget, samples)
     media = [part.medium for part in samples[0].media]
     budgets = [budget] if chooser is None else chooser.candidates(budget, media)
+    windows = load_request(requests[0], budgets, processor, loader=loader, long_audio=long_audio)
+    return Questions(samples, windows, budget)
+
+
+def load_request(
+    request: Request,
+    budgets: Sequence[Budget],
+    processor: ElasticProcessor,
+    *,
+    loader: MediaLoader | None = None,
+    long_audio: LongAudio | None = None,
+) -> list[Window]:
+    """Loads the media of a request as windows, one of which is all where nothing is cut.
+
+    Args:
+        budgets: that it is going to be asked at, which say how images are cut into tiles.
+
+    Raises:
+        MediaError: a file that is missing or cannot be read, by the name the user gave it.
+        ValueError: a medium the model does not take, or that its encoder cannot.
+    """
+    sample, names, in_memory = request
     try:
-        windows = load_windows(
-            samples[0], processor, long_audio or LongAudio(), loader=loader, budgets=budgets, in_memory=media_at_hand
+        return load_windows(
+            sample, processor, long_audio or LongAudio(), loader=loader, budgets=budgets, in_memory=in_memory
         )
     except MediaError as error:
         name = names.get(error.path, error.path)
         raise MediaError(error.kind, name, error.reason) from error  # pyright: ignore[reportArgumentType]
-    return Questions(samples, windows, budget)
+
+
+def check_media(budget: Budget, processor: ElasticProcessor) -> None:
+    """Refuses a budget for several requests that speaks of a medium the model does not take.
+
+    Raises:
+        ValueError: it does; the media that the model takes are named.
+    """
+    if unknown := budget.media - set(processor.placeholder_ids):
+        allowed = ", ".join(processor.placeholder_ids) or "text only"
+        raise ValueError(
+            f"the budget {str(budget)!r} names {min(unknown)}, which this model does not take; it takes {allowed}"
+        )

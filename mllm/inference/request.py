@@ -3,7 +3,7 @@
 Knows files, samples, budgets and timings. Does not know how an answer comes about.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mllm.budget import MEDIA, Budget, Extent, Space, TokenCount
@@ -70,12 +70,23 @@ def request(
     Raises:
         ValueError: neither media nor text, or no default prompt for these media.
     """
-    present = tuple(medium for medium in MEDIA if items_of(medium, media.get(medium)))
-    if text is None and not present:
+    if text is None:
+        text = default_question({medium for medium in MEDIA if items_of(medium, media.get(medium))}, prompts)
+    return read_request(media, text, separator=separator)
+
+
+def default_question(media: Collection[str], prompts: Mapping[tuple[str, ...], str] = DEFAULT_PROMPTS) -> str:
+    """Tells what is asked about media where the user asks nothing.
+
+    Raises:
+        ValueError: no media, or none of the prompts is about these.
+    """
+    present = tuple(medium for medium in MEDIA if medium in media)
+    if not present:
         raise ValueError("nothing to answer: give text, or an image, audio or video file")
-    if text is None and present not in prompts:
+    if present not in prompts:
         raise ValueError(f"there is no default question about {' and '.join(present)} together; give text")
-    return read_request(media, prompts[present] if text is None else text, separator=separator)
+    return prompts[present]
 
 
 def with_audio_of_videos(media: Mapping[str, Files], budget: Budget) -> dict[str, Files]:

@@ -23,7 +23,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mllm.packing.plan import Segment, SegmentPlan
+from mllm.packing.plan import SegmentPlan
 
 IMPLEMENTATION = "mllm_segments"
 KEYWORD = "segment_plan"
@@ -73,10 +73,10 @@ def by_segment(
     segment_keys, segment_values = key.split(lengths, dim=2), value.split(lengths, dim=2)
     sizes = [segment.length + segment.num_visible for segment in plan.segments if segment.visible]
     visible_keys, visible_values = (iter(_gather(states, plan.attended, sizes)) for states in (key, value))
-    out = []
+    masks, out = iter(plan.masks), []
     for index, (segment, segment_query) in enumerate(zip(plan.segments, queries, strict=True)):
         if segment.visible:
-            keys, values, mask = next(visible_keys), next(visible_values), _bottom_right(segment, query.device)
+            keys, values, mask = next(visible_keys), next(visible_values), next(masks)
         else:  # no mask is needed, which lets the fastest kernels run
             keys, values, mask = segment_keys[index], segment_values[index], None
         out.append(
@@ -93,12 +93,6 @@ def _gather(states: Tensor, token_numbers: Tensor, sizes: list[int]) -> tuple[Te
         return ()
     gathered = states[0].transpose(0, 1).index_select(0, token_numbers)
     return tuple(part.transpose(0, 1)[None] for part in gathered.split(sizes))
-
-
-def _bottom_right(segment: Segment, device: torch.device) -> Tensor:
-    """Build the mask (n, v + n): everything before the segment, and of itself what a causal mask lets through."""
-    columns = segment.num_visible + segment.length
-    return torch.ones(segment.length, columns, dtype=torch.bool, device=device).tril(segment.num_visible)
 
 
 def packed_mask(plan: SegmentPlan, device: torch.device, attention: PackedAttention) -> Any:

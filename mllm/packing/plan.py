@@ -15,6 +15,7 @@ Shapes: B rows, S tokens of the longest row, L tokens of the packed row, G segme
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -72,6 +73,20 @@ class SegmentPlan:
     def num_tokens(self) -> int:
         """L."""
         return self.segments[-1].stop
+
+    @cached_property
+    def masks(self) -> tuple[Tensor, ...]:
+        """Build, once for all layers, the mask (n, v + n) of each segment that sees something before itself.
+
+        It shows everything before the segment, and of itself what a causal mask lets through.
+        """
+        return tuple(
+            torch.ones(
+                segment.length, segment.num_visible + segment.length, dtype=torch.bool, device=self.attended.device
+            ).tril(segment.num_visible)
+            for segment in self.segments
+            if segment.visible
+        )
 
     def to(self, device: torch.device) -> "SegmentPlan":
         """Return the same on a device."""

@@ -4,15 +4,18 @@ Knows both vocabularies. Does not know models or data; it must come before any m
 weights while they are loaded.
 """
 
+import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import TrainingArguments
 
-from mllm.config.run import RunConfig, SamplerConfig
+from mllm.config.run import RunConfig, SamplerConfig, TrainConfig
 from mllm.training.fused_loss import check_liger
 from mllm.training.loss import Distillation
+from mllm.training.selection import Selection
 
 _AT_THE_END = 2**31
 """As an interval of steps: never before the last one."""
@@ -32,6 +35,8 @@ class ElasticArguments(TrainingArguments):
     memory: Literal["fast", "low"] = "fast"
     loss_kernel: Literal["torch", "liger"] = "torch"
     host_answer_tokens: int | None = None
+    answered_samples: int = 0
+    selection: Selection | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -46,9 +51,10 @@ def build_arguments(config: RunConfig, *, on_cpu: bool) -> ElasticArguments:
     known.
 
     Raises:
-        ValueError: a loss kernel that cannot run here.
+        ValueError: a loss kernel that cannot run here, or a report to what is not installed.
     """
     train = config.train
+    check_reports(train.report_to)
     if train.loss_kernel == "liger":
         check_liger(on_cpu=on_cpu)
     return ElasticArguments(
@@ -75,7 +81,8 @@ def build_arguments(config: RunConfig, *, on_cpu: bool) -> ElasticArguments:
         use_cpu=on_cpu,
         seed=train.seed,
         remove_unused_columns=False,
-        report_to=[],
+        report_to=list(train.report_to),
+        run_name=Path(train.out).name,
         disable_tqdm=not train.progress,
         ddp_find_unused_parameters=False,  # the model touches every branch on every process
         deepspeed=train.deepspeed,
@@ -89,7 +96,31 @@ def build_arguments(config: RunConfig, *, on_cpu: bool) -> ElasticArguments:
         memory=train.memory,
         loss_kernel=train.loss_kernel,
         host_answer_tokens=config.data.host_answer_tokens,
+        answered_samples=train.answered_samples,
+        selection=selection_of(train),
     )
+
+
+def selection_of(train: TrainConfig) -> Selection | None:
+    """Say what a run keeps as its best, and when it ends early; None where it does neither.
+
+    Raises:
+        ValueError: a figure of which nobody said whether high or low is good.
+    """
+    if train.best_metric is None:
+        return None
+    return Selection.of(train.best_metric, best_is=train.best_is, patience=train.early_stopping)
+
+
+def check_reports(names: Sequence[str]) -> None:
+    """Refuse to report where what reports is not installed, before anything is loaded.
+
+    Raises:
+        ValueError: one that is not; says how to get it.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"train.report_to names {name}, which is not installed: pip install {name}")
 
 
 def distillation_of(sampler: SamplerConfig) -> Distillation | None:

@@ -37,7 +37,8 @@ TRAINER_STATE = "trainer_state.json"  # the name transformers looks for
 _FREE = {
     "train": {
         *("out", "max_steps", "epochs", "log_every", "save_every", "keep_checkpoints", "validate_every"),
-        *("tensorboard", "progress", "use_cpu", "deepspeed", "gradient_checkpointing"),
+        *("tensorboard", "report_to", "progress", "use_cpu", "deepspeed", "gradient_checkpointing"),
+        *("answered_samples", "answer_tokens", "best_metric", "best_is", "early_stopping"),
         "loss_kernel",  # the same loss and gradients up to rounding
         "accumulation",  # checked together with the number of processes
     },

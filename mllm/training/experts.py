@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from mllm.adapters.adapter_inputs import TOKEN_KINDS
-from mllm.training.logs import gather_json
+from mllm.utils.distributed import gather_json
 
 COUNTS = "experts.jsonl"
 PLOT = "experts.png"
@@ -48,7 +48,7 @@ class ExpertUsage:
         """Write the counts of all processes and begin again; a collective."""
         total: dict[str, np.ndarray] = {}
         on_this_process = {name: counts.round().long().tolist() for name, counts in self.counts.items()}
-        for of_process in gather_json(accelerator, on_this_process):
+        for of_process in gather_json(on_this_process):
             for name, counts in of_process.items():
                 total[name] = total.get(name, 0) + np.array(counts)
         self.counts = {}

@@ -12,15 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
 from torch import Tensor
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mllm.training.step import TrainingBatch
 from mllm.training.throughput import bottleneck
+from mllm.utils.distributed import gather_json
+from mllm.utils.run_paths import LOG
 
-LOG = "log.jsonl"
 logger = logging.getLogger(__name__)
 
 
@@ -47,15 +46,15 @@ class Tally:
         self.num_soft_tokens += training_batch.num_soft_tokens
         self.num_tokens += training_batch.num_tokens
 
-    def losses(self, accelerator: Accelerator) -> dict[str, float]:
+    def losses(self) -> dict[str, float]:
         """Average the loss per target token by budget over all processes; a collective."""
         sums_and_counts = {name: [0.0, float(count)] for name, count in self.target_counts.items()}
         for names, budget_losses in self.budget_losses:
             for name, value in zip(names, budget_losses.tolist(), strict=True):
                 sums_and_counts[name][0] += value
-        return _means(accelerator, sums_and_counts)
+        return _means(sums_and_counts)
 
-    def auxiliary_losses(self, accelerator: Accelerator) -> dict[str, float]:
+    def auxiliary_losses(self) -> dict[str, float]:
         """Average each auxiliary loss over the views that have one, by budget, over all processes; a collective."""
         sums_and_counts: dict[str, list[float]] = {}
         for kind, reports in self.auxiliary.items():
@@ -64,45 +63,27 @@ class Tally:
                     entry = sums_and_counts.setdefault(f"{kind}/{name}", [0.0, 0.0])
                     entry[0] += value
                     entry[1] += count
-        return _means(accelerator, sums_and_counts)
+        return _means(sums_and_counts)
 
-    def report(self, accelerator: Accelerator, steps: int) -> dict[str, float]:
+    def report(self, steps: int) -> dict[str, float]:
         """Report losses, and what `steps` steps cost, over all processes; a collective."""
-        logs = {f"loss/{name}": value for name, value in self.losses(accelerator).items()}
-        logs |= self.auxiliary_losses(accelerator)
-        costs = gather_json(accelerator, [self.num_tokens, self.num_soft_tokens])
+        logs = {f"loss/{name}": value for name, value in self.losses().items()}
+        logs |= self.auxiliary_losses()
+        costs = gather_json([self.num_tokens, self.num_soft_tokens])
         logs["tokens_per_second"] = sum(tokens for tokens, _ in costs) / max(time.monotonic() - self.started, 1e-9)
         logs["soft_tokens_per_step"] = sum(soft for _, soft in costs) / max(steps, 1)
         return logs
 
 
-def _means(accelerator: Accelerator, sums_and_counts: dict[str, list[float]]) -> dict[str, float]:
+def _means(sums_and_counts: dict[str, list[float]]) -> dict[str, float]:
     """Divide sum by count of every name, over all processes."""
     total: dict[str, list[float]] = {}
-    for part in gather_json(accelerator, sums_and_counts):
+    for part in gather_json(sums_and_counts):
         for name, (value, count) in part.items():
             entry = total.setdefault(name, [0.0, 0.0])
             entry[0] += value
             entry[1] += count
     return {name: value / count for name, (value, count) in sorted(total.items()) if count}
-
-
-def gather_json(accelerator: Accelerator, value: Any) -> list[Any]:
-    """Gather the plain values of all processes, by rank. They travel as JSON in tensors: nothing is unpickled."""
-    if accelerator.num_processes == 1:
-        return [value]
-    text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=accelerator.device)
-    sizes = _gather(accelerator, torch.tensor([len(text)], device=accelerator.device)).tolist()
-    padded = torch.zeros(1, max(sizes), dtype=torch.uint8, device=accelerator.device)
-    padded[0, : len(text)] = text
-    rows = _gather(accelerator, padded).cpu()
-    return [json.loads(bytes(row[:size].tolist())) for row, size in zip(rows, sizes, strict=True)]
-
-
-def _gather(accelerator: Accelerator, value: Tensor) -> Tensor:
-    gathered = accelerator.gather(value)
-    assert isinstance(gathered, Tensor)
-    return gathered
 
 
 class RunLog(TrainerCallback):
@@ -141,6 +122,8 @@ class RunLog(TrainerCallback):
         if "seconds/waiting" in logs:
             self.paces.append({**logs, "steps": state.global_step - self.reported_step})
             self.reported_step = state.global_step
+        if "eval_loss" in logs:
+            logger.info("%s", validation_line(state.global_step, logs))
         with (self.run / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
         if self.writer is not None:
@@ -185,6 +168,26 @@ class RunProgress(ProgressCallback):
     ) -> None:
         if self.training_bar is not None and "loss" in (logs or {}):
             self.training_bar.set_postfix(loss=f"{(logs or {})['loss']:.4f}")
+
+
+def validation_line(step: int, metrics: Mapping[str, float]) -> str:
+    """Write a validation as people read it: each figure, and behind it that of every budget.
+
+    Args:
+        metrics: of `ElasticTrainer.evaluate`: `eval_loss`, `eval_loss/audio=/4`, `eval_wer/asr/audio=/4`, ...
+    """
+    by_figure: dict[str, list[str]] = {}
+    for name, value in metrics.items():
+        if name.startswith("eval_"):
+            figure, _, of = name.removeprefix("eval_").partition("/")
+            by_figure.setdefault(figure, []).insert(
+                0 if not of else len(by_figure[figure]), f"{of} {value:.4g}".strip()
+            )
+    words = [
+        f"{figure} {values[0]}" + (f" ({', '.join(values[1:])})" if len(values) > 1 else "")
+        for figure, values in by_figure.items()
+    ]
+    return f"validation after step {step}: {'; '.join(words)}"
 
 
 def _drop_rows_after(path: Path, step: int) -> None:

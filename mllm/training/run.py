@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,15 @@ import yaml
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
+from mllm.budget import Budget
 from mllm.checkpoints.auto_classes import register
 from mllm.checkpoints.build import build, resolved
 from mllm.checkpoints.load import load_trainables, save_run
 from mllm.checkpoints.sources import find_parts, identities, resolve_source, seen_from
 from mllm.config.model import ModelConfig
-from mllm.config.run import RunConfig, config_yaml, read_run_config
+from mllm.config.run import DataConfig, RunConfig, config_yaml, read_run_config
 from mllm.data.dataset import ManifestDataset
+from mllm.data.manifest import Sample
 from mllm.data.shared_media import samples_that_share
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.precision import keep_in_float32
@@ -37,9 +39,11 @@ from mllm.training.checkpoint import TRAINABLES, check_continues, choose_checkpo
 from mllm.training.experts import COUNTS, PLOT, plot_experts, read_counts
 from mllm.training.feature_cache.building import FeatureSamples, Stores, filled_stores
 from mllm.training.feature_cache.features import FeatureDataset, pass_features_through
+from mllm.training.feature_cache.store import FeatureStore
 from mllm.training.initialization.projector_fit import fit_projectors
 from mllm.training.initialization.start_from import start_from
 from mllm.training.interruption import StopOnRequest, stopping_on_interrupt
+from mllm.training.memory import tell_memory
 from mllm.training.pipeline.batches import RankSlots
 from mllm.training.pipeline.dataset import TrainingData, build_sampler, extreme_budgets, load_dataset
 from mllm.training.pipeline.loaders import encode, loading, train_loader, validation_loader
@@ -98,6 +102,10 @@ def train(
     config = read_config(config)
     if metric is not None and config.data.features is not None:
         raise ValueError("metric measures answers, for which data.features leaves the run no encoders; leave one out")
+    if config.train.answered_samples and metric is None:
+        raise ValueError(
+            "train.answered_samples needs what scores answers: start the run by mllm.train or `mllm train`"
+        )
     arguments = launch(config)  # before the model: ZeRO-3 shards weights while they load
     with _locked(arguments.run):
         start = _checkpoint_to_start_from(arguments.run, resume)
@@ -108,6 +116,8 @@ def train(
         data = load_dataset(located, fits_captions=start is None)
         model, processor = build_model(located)
         model.config.sources = _sources_of(config.model, model.config.sources or {}, arguments.run)
+        if not is_sharded(model):
+            tell_memory(model, arguments.device)
         if start is not None:
             check_continues(start.facts, {**_facts(config, model), "processes": arguments.world_size})
         if arguments.should_save:
@@ -206,24 +216,22 @@ def build_trainer(
         dataset = ManifestDataset(samples, load=load, seed=config.train.seed, groups=groups)
     else:
         stores = _feature_stores(config, arguments, model, processor, data.for_features())
-        dataset = FeatureDataset(samples, stores.train, watch, groups=groups)
+        load = loading(config.data, processor, augmented=True, budgets=extreme_budgets(sampler), watch=watch)
+        seed = config.train.seed
+        dataset = FeatureDataset(
+            samples, stores.train, watch, kept=config.kept_media, load=load, seed=seed, groups=groups
+        )
     if fits:
         _fit_projectors(config, arguments, model, processor, data, stores)
-    encode_rows = partial(
-        encode,
-        processor=processor,
-        budgets=extreme_budgets(sampler),
-        watch=watch,
-        max_sample_tokens=config.data.max_sample_tokens,
-    )
     batches = train_loader(
         dataset,
         data.scans["train"],
         config=config.data,
-        encode=encode_rows,
+        encode=_encoding(config.data, processor, extreme_budgets(sampler), watch),
         run=arguments.run,
         seed=config.train.seed,
         slots=slots,
+        num_repeated=config.train.overfit_batches,
     )
     if config.train.epochs is not None:
         arguments.max_steps = batches.batch_sampler.steps(config.train.epochs)  # type: ignore[union-attr]
@@ -241,6 +249,13 @@ def build_trainer(
     if config.train.gradient_checkpointing:
         trainer.checkpoint_activations()
     return trainer
+
+
+def _encoding(
+    data: DataConfig, processor: ElasticProcessor, budgets: Sequence[Budget], watch: Stopwatch
+) -> Callable[..., dict[str, Any]]:
+    """Make what encodes samples and their media to a micro-batch, and takes its time."""
+    return partial(encode, processor=processor, budgets=budgets, watch=watch, max_sample_tokens=data.max_sample_tokens)
 
 
 def _facts(config: RunConfig, model: ElasticForConditionalGeneration) -> dict[str, Any]:
@@ -263,17 +278,12 @@ def _feature_stores(
     if is_sharded(model):
         raise ValueError("data.features cannot be made under ZeRO-3, which keeps no encoder whole; use ZeRO-2")
     rank, num_ranks = arguments.process_index, arguments.world_size
-    with tqdm(desc="encoding", disable=not config.train.progress or rank > 0) as bar:
-
-        def report(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with _reporting("encoding", arguments) as report:
         model.to(arguments.device)
         stores = filled_stores(config, model, processor, samples, rank=rank, num_ranks=num_ranks, progress=report)
     PartialState().wait_for_everyone()
     stores.read_indices()
-    pass_features_through(model, stores.form.pooled)
+    pass_features_through(model, config.kept_media, stores.form.pooled)
     return stores
 
 
@@ -286,12 +296,9 @@ def _validation(
     metric: Metric | None,
 ) -> Validation:
     budgets = extreme_budgets(build_sampler(config, processor.space))
-    samples = data.samples["validation"]
-    if stores is None:
-        dataset = ManifestDataset(samples, load=loading(config.data, processor, augmented=False, budgets=budgets))
-    else:
-        assert stores.validation is not None
-        dataset = FeatureDataset(samples, stores.validation)
+    dataset = _clean(
+        config, processor, data.samples["validation"], None if stores is None else stores.validation, budgets
+    )
     batches, num_counted = validation_loader(
         dataset,
         data.scans["validation"],
@@ -301,6 +308,32 @@ def _validation(
         slots=_slots(arguments),
     )
     return Validation(batches, num_counted, budgets, metric)
+
+
+def _clean(
+    config: RunConfig,
+    processor: ElasticProcessor,
+    samples: Sequence[Sample],
+    store: FeatureStore | None,
+    budgets: Sequence[Budget] = (),
+) -> ManifestDataset:
+    """Make a data set that is not augmented, of files or of kept features."""
+    load = loading(config.data, processor, augmented=False, budgets=budgets)
+    if store is None:
+        return ManifestDataset(samples, load=load)
+    return FeatureDataset(samples, store, kept=config.kept_media, load=load)
+
+
+@contextlib.contextmanager
+def _reporting(what: str, arguments: ElasticArguments) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar of work that goes on before the first step; yields what is called with how much of it is done."""
+    with tqdm(desc=what, disable=arguments.disable_tqdm or arguments.process_index > 0) as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield report
 
 
 def _check_fits(config: RunConfig, model: Any) -> None:
@@ -320,11 +353,7 @@ def _fit_projectors(
     stores: Stores | None,
 ) -> None:
     """Start the projectors at what captions say; see `mllm.training.initialization.projector_fit`."""
-    samples = data.samples["captions"]
-    if stores is None:
-        dataset = ManifestDataset(samples, load=loading(config.data, processor, augmented=False))
-    else:
-        dataset = FeatureDataset(samples, stores.train)
+    dataset = _clean(config, processor, data.samples["captions"], None if stores is None else stores.train)
     batches, num_counted = validation_loader(
         dataset,
         data.scans["captions"],
@@ -333,7 +362,8 @@ def _fit_projectors(
         budgets=[],
         slots=_slots(arguments),
     )
-    fit_projectors(model.to(arguments.device), processor, batches, num_counted=num_counted)
+    with _reporting("reading captions", arguments) as report:
+        fit_projectors(model.to(arguments.device), processor, batches, num_counted=num_counted, progress=report)
 
 
 @contextlib.contextmanager

@@ -21,8 +21,8 @@ from torch import Tensor
 from mllm.budget import Budget, Space
 from mllm.budget.sampler import BudgetSampler, SampledBudget
 from mllm.model.configuration import ElasticConfig
+from mllm.model.encoding import encode_media
 from mllm.model.expert_losses import auxiliary_weights
-from mllm.model.media_arguments import SIZE_KEYS, VALUE_KEYS
 from mllm.model.modeling import ElasticForConditionalGeneration, ElasticOutput, Features, TargetLoss
 from mllm.packing.attention import PackedAttention, enable_packing, obstacle
 from mllm.packing.pack import pack, packed_targets
@@ -266,16 +266,7 @@ def prepare_packing(model: ElasticForConditionalGeneration, processor: ElasticPr
 
 def frozen_features(model: ElasticForConditionalGeneration, batch: Batch, device: torch.device) -> dict[str, Features]:
     """Encode a batch once with the frozen encoders, by medium; encoders that train are left to the forward pass."""
-    features = {}
-    for medium, key in VALUE_KEYS.items():
-        if (values := batch.values.get(key)) is None:
-            continue
-        if any(parameter.requires_grad for parameter in model.model.encoder(medium).parameters()):
-            continue
-        sizes = batch.values.get(SIZE_KEYS[medium])
-        sizes = None if sizes is None else sizes.to(device, non_blocking=True)
-        features[medium] = model.model.encode(medium, values.to(device, non_blocking=True), sizes)
-    return features
+    return encode_media(model, batch.values, device, frozen_only=True)
 
 
 def forward(

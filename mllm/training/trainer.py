@@ -12,6 +12,7 @@ Every random number of a step is a function of (seed, step, micro-batch, process
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -40,9 +41,10 @@ from mllm.training.experts import ExpertUsage
 from mllm.training.frozen_teacher import TEACHER, FrozenTeacher
 from mllm.training.fused_loss import FusedTargetLoss, plain_head
 from mllm.training.host_answers import answered_by_host
-from mllm.training.logs import RunFlow, RunLog, RunProgress, Tally, gather_json
+from mllm.training.logs import RunFlow, RunLog, RunProgress, Tally
 from mllm.training.loss import ChunkedTargetLoss, Loss
 from mllm.training.optimization import check_gradients, moments_of, named_groups, set_moments
+from mllm.training.selection import keep_best
 from mllm.training.step import (
     Teacher,
     TrainingBatch,
@@ -60,8 +62,10 @@ from mllm.training.step import (
     total_loss,
 )
 from mllm.training.throughput import Pace, mean_of
+from mllm.utils.distributed import gather_json
 from mllm.utils.files import digest_of_file
 
+logger = logging.getLogger(__name__)
 Metric = Callable[[ElasticForConditionalGeneration, ElasticProcessor], Mapping[str, float]]
 """Metrics of answers by name; called on every process, with the model in eval mode."""
 
@@ -115,6 +119,8 @@ class ElasticTrainer(Trainer):
             delattr(model.config, "use_cache")
         if args.host_answer_tokens is not None and is_sharded(model):
             raise ValueError("data.host_answer_tokens does not go with ZeRO-3, which keeps no layer whole; use ZeRO-2")
+        if args.answered_samples and is_sharded(model):
+            raise ValueError("train.answered_samples does not go with ZeRO-3, which keeps no layer whole; use ZeRO-2")
         if args.memory == "low" and self.is_deepspeed_enabled:
             raise ValueError("train.memory low does not go with DeepSpeed, which counts backward passes; use fast")
         if args.has_frozen_teacher and is_sharded(model):
@@ -154,11 +160,9 @@ class ElasticTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """Get the micro-batches of a step, timing the wait for them."""
-        return super().get_batch_samples(
-            map(self._with_answers, self.pace.batches(epoch_iterator)), num_batches, device
-        )
+        return super().get_batch_samples(map(self.with_answers, self.pace.batches(epoch_iterator)), num_batches, device)
 
-    def _with_answers(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def with_answers(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Let a host answer what has no answer, before targets are counted; what it encodes for that is kept."""
         if self.args.host_answer_tokens is None:
             return inputs
@@ -212,7 +216,7 @@ class ElasticTrainer(Trainer):
                     outputs = forward(
                         model,
                         training_batch,
-                        self._target_loss(training_batch, num_items_in_batch, teacher),
+                        self.target_loss(training_batch, num_items_in_batch, teacher),
                         device=device,
                         features=features,
                         packed_attention=args.packed_attention,
@@ -256,7 +260,7 @@ class ElasticTrainer(Trainer):
         sequence = np.random.SeedSequence([self.args.seed, step, self._micro_batch, self.args.process_index])
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
-    def _target_loss(
+    def target_loss(
         self, training_batch: TrainingBatch, num_targets: Tensor | int, teacher: Teacher | None = None
     ) -> TargetLoss:
         """Return what computes the loss of a batch's targets: the cross-entropy, distilled as the config says.
@@ -329,10 +333,10 @@ class ElasticTrainer(Trainer):
         wrapped.eval()
         tally = Tally()
         for index, inputs in enumerate(self.validation.batches):
-            batch: Batch = self._with_answers(inputs)["batch"]
+            batch: Batch = self.with_answers(inputs)["batch"]
             views = fixed_views(batch.rows, self.validation.budgets)
             training_batch = make_training_batch(batch, views, self.processor, packed=self.packs)
-            target_loss = self._target_loss(training_batch, num_targets(batch.rows))
+            target_loss = self.target_loss(training_batch, num_targets(batch.rows))
             with torch.no_grad(), self.accelerator.autocast():  # not around the loader, which computes features too
                 outputs = forward(
                     wrapped,
@@ -344,22 +348,37 @@ class ElasticTrainer(Trainer):
             if index < self.validation.num_counted:
                 assert outputs.budget_losses is not None
                 tally.add(training_batch, outputs.budget_losses)
-        losses = tally.losses(self.accelerator)
+        losses = tally.losses()
         metrics = {f"{metric_key_prefix}_loss/{name}": value for name, value in losses.items()}
         metrics[f"{metric_key_prefix}_loss"] = sum(losses.values()) / len(losses)
         if self.validation.metric is not None:
             extra = self.validation.metric(self.elastic, self.processor)
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in extra.items()}
         self.log(metrics)
+        self._select()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _select(self) -> None:
+        """Keep what is trained where the last validation was the best, and stop where none was for long enough."""
+        if (selection := self.args.selection) is None:
+            return
+        standing = selection.standing(self.state.log_history)
+        if standing.is_best:
+            trainables = self.trainables()
+            if self.args.should_save:
+                keep_best(self.elastic, self.processor, self.args.run, trainables, standing)
+            self.accelerator.wait_for_everyone()
+        if selection.is_over(standing):
+            logger.info("%s: this run ends early", standing)
+            self.control.should_save = self.control.should_training_stop = True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Report; a report of training gets the losses per budget and the costs since the last one."""
         if "loss" in logs:
             steps = self.state.global_step - self._reported_step
-            logs |= self.tally.report(self.accelerator, steps)
-            logs |= mean_of(gather_json(self.accelerator, self.pace.take()), steps)
+            logs |= self.tally.report(steps)
+            logs |= mean_of(gather_json(self.pace.take()), steps)
             self.tally, self._reported_step = Tally(), self.state.global_step
             if isinstance(self.elastic.config.adapter, MomeConfig):
                 self.experts.report(self.accelerator, self.state.global_step, self.args.run)

@@ -7,13 +7,18 @@ that this is a CPU run before anything else asks. DeepSpeed compiles its communi
 """
 
 import importlib.util
+import json
 import logging
 import os
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from mllm.utils.extras import install_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COMPILERS = ("g++", "c++", "clang++")
 logger = logging.getLogger(__name__)
@@ -71,6 +76,31 @@ def finish_launch() -> None:
     state = PartialState()
     state.wait_for_everyone()
     state.destroy_process_group()
+
+
+def gather_json(value: Any) -> list[Any]:
+    """Gather the plain values of all processes, by rank; a collective.
+
+    They travel as JSON in tensors: nothing is unpickled.
+    """
+    import torch
+    from accelerate import PartialState
+
+    state = PartialState()
+    if state.num_processes == 1:
+        return [value]
+    text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=state.device)
+    sizes = _gather(torch.tensor([len(text)], device=state.device)).tolist()
+    padded = torch.zeros(1, max(sizes), dtype=torch.uint8, device=state.device)
+    padded[0, : len(text)] = text
+    rows = _gather(padded).cpu()
+    return [json.loads(bytes(row[:size].tolist())) for row, size in zip(rows, sizes, strict=True)]
+
+
+def _gather(value: "Tensor") -> "Tensor":
+    from accelerate.utils import gather
+
+    return cast("Tensor", gather(value))
 
 
 def _start_deepspeed_on_cpu() -> None:

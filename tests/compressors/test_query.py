@@ -306,3 +306,12 @@ def test_copies_fold_for_themselves_and_gradients_are_not_folded() -> None:
     read_image(compressor, images, 9).sum().backward()
     assert compressor.query.grad is not None
     assert compressor.attn.in_proj_weight.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_key_positions_are_bit_equal_whichever_way_torch_resizes_the_table() -> None:
+    """How a table lies in memory says which kernel resizes it, and must not change what it gives."""
+    compressor = image_query("position", query_grid=(16, 16), feature_grid=(24, 24))
+    table = compressor.pos_embed.unflatten(0, (16, 16)).permute(2, 0, 1)[None]  # a batch axis without a stride
+    resized = functional.interpolate(table, size=(24, 24), mode="bicubic", align_corners=False)
+    assert compressor.key_positions().equal(resized[0].flatten(1).T)

@@ -289,7 +289,7 @@ def test_kept_features_are_handed_on_as_they_were_kept() -> None:
     """A mean of frames has more digits than the encoder in bfloat16 that made them."""
     model = tiny.model(tiny.settings(("audio",)))
     model.model.audio_tower.to(torch.bfloat16)
-    pass_features_through(model, {"audio": 2})
+    pass_features_through(model, model.model.compressors, {"audio": 2})
     kept = torch.rand(1, 4, 16)
     features = model.model.encode("audio", kept, torch.tensor([8 * 320]))
     assert features.values.equal(kept.repeat_interleave(2, dim=1))

@@ -25,6 +25,7 @@ from mllm.cli import main
 from mllm.config.medium import PoolConfig
 from mllm.config.model import EncoderAdapterConfig
 from mllm.config.run import DataConfig, FeatureConfig, RunConfig, SamplerConfig, TrainConfig, config_yaml
+from mllm.data.dataset import Item
 from mllm.data.manifest import Media, Message, Sample, Text, read_manifest, write_manifest
 from mllm.encoders import encoder_facts
 from mllm.training.feature_cache import building, features
@@ -102,6 +103,63 @@ def test_with_a_version_per_epoch_nothing_but_the_speed_changes(
     bad = [json.loads(line) for line in (tmp_path / "features" / "skipped-0.jsonl").read_text().splitlines()]
     assert {row["id"] if "id" in row else row["sample_id"] for row in bad} == {"broken"}
     load(tmp_path / "features")
+
+
+def test_images_are_kept_while_audio_is_augmented_anew_in_every_epoch(
+    world: Path, files_run: Path, tmp_path: Path
+) -> None:
+    kept = FeatureConfig(folder=str(tmp_path / "kept"), media=["image"])
+    train(settings_of(world, tmp_path / "run", features=kept))
+    files, mixed = (load_file(folder / TRAINABLES) for folder in (files_run, tmp_path / "run"))
+    for name, value in files.items():
+        torch.testing.assert_close(mixed[name], value, rtol=1e-3, atol=1e-5)
+    assert {path.name.split("-")[0] for path in (tmp_path / "kept").glob("*.safetensors")} == {"image"}
+    store = FeatureStore(tmp_path / "kept")
+    store.read_index()
+    assert {sample_id for sample_id, _ in store.entries} == {"see0", "see1", "see2"}
+    findings = check_features(tmp_path / "kept", settings_of(world, tmp_path / "run", features=kept))
+    assert not findings.problems
+
+
+def test_items_of_files_and_of_a_store_stand_in_the_order_of_their_sample(world: Path, tmp_path: Path) -> None:
+    names = [("audio", "media/1.wav"), ("image", "media/2.png"), ("audio", "media/0.wav"), ("image", "media/1.png")]
+    content = tuple(Media(medium, path) for medium, path in names)  # type: ignore[arg-type]
+    sample = Sample("mixed", (Message("user", content), Message("assistant", (Text("yes"),))), "vqa", root=world)
+    kept = FeatureConfig(folder=str(tmp_path / "kept"), media=["image"])
+    config = settings_of(world, tmp_path / "run", features=kept)
+    model, processor = build(config.model)
+    filled = building.filled_stores(
+        config, model, processor, building.FeatureSamples([sample]), rank=0, num_ranks=1
+    ).train
+    load_clean = loading(config.data, processor, augmented=False)
+    item = features.FeatureDataset([sample], filled, kept=["image"], load=load_clean)[0]
+    assert isinstance(item, Item)
+    assert [one.medium for one in item.media] == ["audio", "image", "audio", "image"]
+    whole = load_clean(sample, generator=None)
+    for number in (0, 2):
+        assert item.media[number].values.equal(whole[number].values)
+    encoded = model.model.encode("image", torch.stack([whole[number].values for number in (1, 3)])).values
+    for number, expected in zip((1, 3), encoded, strict=True):
+        torch.testing.assert_close(item.media[number].values, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_kept_alone_is_refused(world: Path, tmp_path: Path) -> None:
+    for media, pooled, message in (
+        (["audio"], [], "audio and video of one clip are brought to one length, so keep both or neither"),
+        (["image"], ["audio"], "data.features.pooled names audio; allowed: image"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            settings_of(world, tmp_path, features=FeatureConfig(folder="x", media=media, pooled=pooled))
+
+
+def test_features_of_another_form_are_refused_before_anything_is_read(world: Path, tmp_path: Path) -> None:
+    kept = FeatureConfig(folder=str(tmp_path / "kept"), media=["image"])
+    make_features(settings_of(world, tmp_path / "run", features=kept))
+    other = settings_of(world, tmp_path / "run", features=dataclasses.replace(kept, dtype="bfloat16"))
+    nowhere = dataclasses.replace(other, data=dataclasses.replace(other.data, train=["nowhere.jsonl"]))
+    for start in (train, make_features):
+        with pytest.raises(ValueError, match=r"image\.dtype was 'float32' and is 'bfloat16'"):
+            start(nowhere)
 
 
 def test_projectors_are_fitted_to_captions_whose_features_are_kept(world: Path, tmp_path: Path) -> None:
@@ -374,7 +432,7 @@ def test_features_pass_through_as_if_they_had_just_been_made() -> None:
     for medium, item in media.items():
         lengths = None if medium == "image" else torch.tensor([item.raw_length])
         before[medium] = model.model.encode(medium, item.values[None], lengths)
-    pass_features_through(model, {})
+    pass_features_through(model, model.model.compressors, {})
     for medium, item in media.items():
         encoder = model.model.encoder(medium)
         assert isinstance(encoder, KeptFeatures)

@@ -11,8 +11,9 @@ from peft import PeftConfig
 from safetensors.torch import load_file
 from toy_server import write_run
 
-from mllm.checkpoints.expert_folders import LLM_PREFIX, ExpertFolders, read_experts
+from mllm.checkpoints.expert_folders import ExpertFolders, read_experts
 from mllm.checkpoints.load import export, load
+from mllm.checkpoints.peft_folders import ELASTIC_PREFIX, PEFT_PREFIX
 from mllm.config.model import LoraBankConfig
 from mllm.data.manifest import Message, Sample, Text
 from mllm.vllm_plugin.engine_options import EngineOptions
@@ -58,7 +59,7 @@ def test_a_folder_is_what_merging_its_scale_adds_to_the_llm(run: Path, experts: 
         assert merged[name].sub(weight).allclose(2.0 * up @ down, atol=1e-5), name
         changed += 1
     assert changed == len(lora) / 2 == 4
-    assert all(name.startswith(LLM_PREFIX) for name in lora)
+    assert all(name.startswith(PEFT_PREFIX + ELASTIC_PREFIX) for name in lora)
 
 
 def test_such_an_export_is_not_loaded_without_its_experts(run: Path) -> None:

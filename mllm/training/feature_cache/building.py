@@ -5,20 +5,21 @@ Knows a run's config, its store and disks. Does not know shards, encoders, or ot
 
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mllm.budget import Extent
-from mllm.checkpoints.build import build
+from mllm.checkpoints.build import build, build_config, processor_of
 from mllm.config.run import RunConfig
 from mllm.data.manifest import Sample
+from mllm.data.shared_media import with_media
 from mllm.model.trainables import set_trainables
 from mllm.processing.processor import ElasticProcessor
 from mllm.training.feature_cache.features import REMEMBERED_FILES, Form, fill_store, form_of
-from mllm.training.feature_cache.store import FeatureStore, claim
+from mllm.training.feature_cache.store import FeatureStore, claim, refuse_others
 from mllm.training.pipeline.loaders import loading, read_samples
 from mllm.training.pipeline.token_scan import extents_of
 
@@ -106,6 +107,11 @@ class FeatureSamples:
     train: list[Sample]
     validation: list[Sample] = field(default_factory=list)
 
+    def only(self, media: Collection[str]) -> "FeatureSamples":
+        """Leave out the items of other media, and the samples that show none of these."""
+        parts = ([with_media(sample, media) for sample in samples] for samples in (self.train, self.validation))
+        return FeatureSamples(*([sample for sample in samples if sample.media] for samples in parts))
+
 
 def with_captions(samples: list[Sample], captions: Sequence[Sample]) -> list[Sample]:
     """List the samples that a run trains on, and of its captions those that are not among them.
@@ -142,7 +148,7 @@ def filled_stores(
     Raises:
         ValueError: a folder holds features of something else, or the disk is too small for what is missing.
     """
-    before = 0
+    before, samples = 0, samples.only(config.kept_media)
 
     def report(done: int, total: int) -> None:
         if progress is not None:
@@ -173,7 +179,7 @@ def _filled(
     if rank == 0:
         claim(store.folder, form.fingerprint)
         store.read_index()
-        estimated = estimate(store, samples, processor, form, sizes_of(model))
+        estimated = estimate(store, samples, processor, form, sizes_of(model, config.kept_media))
         if estimated.num_samples:
             logger.info("%s", estimated)
             estimated.check(store.folder)
@@ -191,9 +197,22 @@ def _store_of(config: RunConfig, *, augmented: bool) -> FeatureStore:
     return FeatureStore(folder, features.versions, features.seed)
 
 
-def sizes_of(model: Any) -> dict[str, int]:
+def sizes_of(model: Any, media: Iterable[str]) -> dict[str, int]:
     """List D by medium."""
-    return {medium: model.model.encoder(medium).hidden_size for medium in model.model.compressors}
+    return {medium: model.model.encoder(medium).hidden_size for medium in media}
+
+
+def check_folder(config: RunConfig) -> None:
+    """Refuse the folder of a run's features where it holds others, before anything is read, loaded or encoded.
+
+    Raises:
+        ValueError: what differs is named, or a medium whose features cannot be kept as the config says.
+    """
+    tokenizer, elastic = build_config(config.model)
+    processor = processor_of(config.model, tokenizer, elastic, limits=config.data.limits)
+    for augmented in (True, False) if config.data.validation else (True,):
+        form = form_of(elastic, processor, config, augmented=augmented)
+        refuse_others(_store_of(config, augmented=augmented).folder, form.fingerprint)
 
 
 def make_features(
@@ -213,6 +232,7 @@ def make_features(
     """
     import torch
 
+    check_folder(config)
     data = config.data  # read before the model is built: a mistake shows at once
     train, captions, validation = (read_samples(files, data) for files in (data.train, data.captions, data.validation))
     samples = FeatureSamples(with_captions(train, captions), validation)

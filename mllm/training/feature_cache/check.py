@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.config.run import RunConfig
-from mllm.training.feature_cache.building import VALIDATION, with_captions
+from mllm.training.feature_cache.building import VALIDATION, FeatureSamples, with_captions
 from mllm.training.feature_cache.features import form_of
 from mllm.training.feature_cache.store import (
     FeatureStore,
@@ -94,6 +94,7 @@ def _check_for_run(
         samples = with_captions(read_samples(data.train, data), read_samples(data.captions, data))
     else:
         samples = read_samples(data.validation, data)
+    samples = FeatureSamples(samples).only(config.kept_media).train
     assert config.data.features is not None
     store.versions = config.data.features.versions if augmented else 1
     for sample, version in store.missing(samples):

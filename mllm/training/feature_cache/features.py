@@ -12,22 +12,22 @@ mean of the means of equal windows is the mean.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from mllm.budget import Budget
+from mllm.budget import MEDIA, Budget
 from mllm.config.reading import plain
 from mllm.config.run import RunConfig
 from mllm.data.dataset import ManifestDataset
 from mllm.data.manifest import Sample
+from mllm.data.shared_media import with_media
 from mllm.encoders import Encoder
 from mllm.model.configuration import TOWER_NAMES
 from mllm.model.media_arguments import SIZE_KEYS
@@ -45,7 +45,14 @@ Load = Callable[..., list[LoadedMedia]]
 
 
 class FeatureDataset(ManifestDataset):
-    """Holds the samples of a manifest, their media taken from a store."""
+    """Holds the samples of a manifest, their media taken from a store, or some of them.
+
+    Args:
+        kept: the media that are in the store.
+        load: loads the others from their files, see `mllm.data.dataset.Load`.
+        seed: of the augmentation of those; None never augments.
+        groups: see `ManifestDataset`.
+    """
 
     def __init__(
         self,
@@ -53,21 +60,39 @@ class FeatureDataset(ManifestDataset):
         store: FeatureStore,
         watch: Stopwatch | None = None,
         *,
+        kept: Collection[str],
+        load: Load,
+        seed: int | None = None,
         groups: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        super().__init__(samples, load=_never, groups=groups)
+        super().__init__(samples, load=load, seed=seed, groups=groups)
         self.store = store
         self.watch = watch or Stopwatch()
+        self.kept = frozenset(kept)
 
     def load_in(self, samples: Sequence[Sample], epoch: int, name: str) -> list[list[LoadedMedia]]:
         """Load the version of the epoch. What is kept once, since its encoder input was the same, comes once."""
         known: dict[str, LoadedMedia] = {}
+        from_store: list[list[LoadedMedia]] = []
         with self.watch.measure("decode"):
-            return [self.store.load(sample, epoch, known) for sample in samples]
+            for sample in samples:
+                part = with_media(sample, self.kept)
+                from_store.append(self.store.load(part, epoch, known) if part.media else [])
+        others = [with_media(sample, set(MEDIA) - self.kept) for sample in samples]
+        to_read = [sample for sample in others if sample.media]
+        from_files = iter(super().load_in(to_read, epoch, name) if to_read else [])
+        return [
+            _in_order(sample, kept, next(from_files) if other.media else [], self.kept)
+            for sample, kept, other in zip(samples, from_store, others, strict=True)
+        ]
 
 
-def _never(sample: Sample, *, generator: np.random.Generator | None) -> Any:
-    raise AssertionError(f"{sample.id} is read from a store")
+def _in_order(
+    sample: Sample, from_store: Sequence[LoadedMedia], from_files: Sequence[LoadedMedia], kept: Collection[str]
+) -> list[LoadedMedia]:
+    """Put the items of a sample in the order it shows them."""
+    stored, read = iter(from_store), iter(from_files)
+    return [next(stored if part.medium in kept else read) for part in sample.media]
 
 
 class KeptFeatures(Encoder):
@@ -220,6 +245,7 @@ def form_of(config: Any, processor: ElasticProcessor, run_config: RunConfig, *, 
             **(augmentation[medium] if augmented else {}),
         }
         for medium, block in config.encoded_media.items()
+        if medium in run_config.kept_media
     }
     return Form(fingerprint, features.dtype, pooled, data.num_workers)
 
@@ -246,9 +272,9 @@ def pooled_frames(medium: str, config: Any, points: Sequence[Budget]) -> int:
     return frames
 
 
-def pass_features_through(model: Any, pooled: Mapping[str, int]) -> None:
-    """Put `KeptFeatures` in place of every encoder of a model, in place; their weights are let go."""
-    for medium in model.model.compressors:
+def pass_features_through(model: Any, media: Iterable[str], pooled: Mapping[str, int]) -> None:
+    """Put `KeptFeatures` in place of the encoders of some media, in place; their weights are let go."""
+    for medium in media:
         name = TOWER_NAMES[medium]
         encoder = getattr(model.model, name)
         device = next(encoder.parameters()).device

@@ -227,14 +227,23 @@ def claim(folder: Path, fingerprint: Mapping[str, Mapping[str, Any]]) -> None:
     Raises:
         ValueError: it holds others; what differs is named.
     """
+    refuse_others(folder, fingerprint)
     folder.mkdir(parents=True, exist_ok=True)
     before = read_fingerprint(folder)
-    if words := fingerprint_differences(before, fingerprint):
+    text = json.dumps({**before, **_plain(fingerprint)}, indent=1, sort_keys=True) + "\n"
+    write_text_whole(folder / FINGERPRINT, text, concurrent=True)
+
+
+def refuse_others(folder: Path, fingerprint: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse a folder that holds features of something else.
+
+    Raises:
+        ValueError: what differs is named.
+    """
+    if words := fingerprint_differences(read_fingerprint(folder), fingerprint):
         raise ValueError(
             f"data.features.folder {folder} holds features of something else ({'; '.join(words)}); choose another"
         )
-    text = json.dumps({**before, **_plain(fingerprint)}, indent=1, sort_keys=True) + "\n"
-    write_text_whole(folder / FINGERPRINT, text, concurrent=True)
 
 
 def read_fingerprint(folder: Path) -> dict[str, dict[str, Any]]:

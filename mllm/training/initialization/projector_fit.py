@@ -18,6 +18,7 @@ Shapes: N items, D' input size of a map, H the LLM's hidden size; all sums are f
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -59,7 +60,12 @@ class Fit:
 
 
 def fit_projectors(
-    model: ElasticForConditionalGeneration, processor: ElasticProcessor, batches: DataLoader[Any], *, num_counted: int
+    model: ElasticForConditionalGeneration,
+    processor: ElasticProcessor,
+    batches: DataLoader[Any],
+    *,
+    num_counted: int,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Fit]:
     """Fit the last linear map of every compressor of the media that captions show; every process calls this.
 
@@ -69,6 +75,7 @@ def fit_projectors(
     Args:
         batches: captions, one medium item and one answer per row, as training rows; the same number on every process.
         num_counted: how many of the batches of this process count; where there are fewer, the last ones repeat.
+        progress: is called with how many of how many batches of this process are read.
 
     Returns:
         One report per projector.
@@ -86,6 +93,8 @@ def fit_projectors(
             _check_captions(batch)
             for medium in sorted(batch.media):
                 too_short += _add(sums, model, processor, _only(batch, medium), medium)
+            if progress is not None:
+                progress(index + 1, num_counted)
     for budget, count in sum(gather_object([too_short]), Counter()).items():
         logger.warning("%d captions are too short for %s and are left out of its fit", count, budget)
     fits = []

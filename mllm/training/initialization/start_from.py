@@ -1,4 +1,4 @@
-"""Starts a run from the trained values of another one, such as a first stage or a converted checkpoint.
+"""Starts a run from the trained values of another one, of a converted checkpoint, or from a LoRA of PEFT's format.
 
 Knows run folders, names of parameters and what makes two compressors the same. Does not know how anything is trained.
 """
@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import nn
 
 from mllm.checkpoints.load import TRAINABLES
+from mllm.checkpoints.peft_folders import CONFIG_FILE, load_lora
 from mllm.config.medium import MediumConfig
 from mllm.config.reading import plain
 from mllm.config.run import differences
@@ -33,19 +34,25 @@ def start_from(model: Any, folder: str | Path) -> list[str]:
 
     Args:
         model: an `ElasticForConditionalGeneration` in which what trains is set.
-        folder: the run.
+        folder: the run, or a LoRA of PEFT's format.
 
     Returns:
         The names of what was put in; everything else that trains keeps its initial value.
 
     Raises:
-        FileNotFoundError: the folder is no run.
+        FileNotFoundError: the folder is neither.
         ValueError: values that have no place in the model, that would not train and so be lost, or that were trained
             beside another encoder or compressor; all are named, with the keys to change.
     """
     folder = Path(folder)
+    if (folder / CONFIG_FILE).is_file():
+        names = load_lora(model, folder)
+        logger.info("started from the LoRA in %s: %d values", folder, len(names))
+        return names
     if not (folder / TRAINABLES).is_file():
-        raise FileNotFoundError(f"train.start_from {folder} is no run: there is no {TRAINABLES} in it")
+        raise FileNotFoundError(
+            f"train.start_from {folder} is no run: there is no {TRAINABLES} in it, and no {CONFIG_FILE} of a LoRA"
+        )
     before = ElasticConfig.from_pretrained(folder)
     _check_parts(model.config, before, folder)
     parameters, learning = dict(model.named_parameters()), set(trainable_names(model))

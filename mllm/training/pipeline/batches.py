@@ -9,6 +9,7 @@ accumulation, and a position in a run is a number of steps.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 
 from torch.utils.data import Sampler
 
@@ -31,6 +32,8 @@ class RankBatches(Sampler[list[SampleKey]]):
         lengths: tokens of each sample.
         slots: this process among all.
         max_tokens, max_rows, seed: see `TokenBucketBatchSampler`.
+        num_repeated: the first so many batches of this process come again and again, augmented alike; all of the data
+            when None.
 
     Raises:
         ValueError: a sample that no batch can hold.
@@ -44,8 +47,10 @@ class RankBatches(Sampler[list[SampleKey]]):
         max_rows: int | None = None,
         seed: int = 0,
         slots: RankSlots | None = None,
+        num_repeated: int | None = None,
     ) -> None:
         self.slots = slots or RankSlots()
+        self.num_repeated = num_repeated
         self.batches = TokenBucketBatchSampler(
             lengths,
             num_processes=self.slots.num_ranks * self.slots.accumulation,
@@ -56,6 +61,11 @@ class RankBatches(Sampler[list[SampleKey]]):
         )
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
+        if self.num_repeated is None:
+            return self._all()
+        return cycle(list(islice(self._all(), self.num_repeated)))
+
+    def _all(self) -> Iterator[list[SampleKey]]:
         for epoch, batches in self.batches.global_steps():
             for batch in batches[self.slots.rank :: self.slots.num_ranks]:
                 yield [SampleKey(epoch, index) for index in batch]

@@ -23,9 +23,10 @@ from mllm.data.manifest import Sample
 from mllm.data.readers import missing_media
 from mllm.data.skipped import SkipLog, SkippedSample, too_many_bad
 from mllm.processing.processor import ElasticProcessor
-from mllm.training.feature_cache.building import FeatureSamples, with_captions
+from mllm.training.feature_cache.building import FeatureSamples, check_folder, with_captions
 from mllm.training.pipeline.loaders import SKIPPED_FILE, build_augmentation, read_samples
 from mllm.training.pipeline.token_scan import TokenScan, scan_tokens
+from mllm.utils.collector import collector_paused
 
 SCANS = "token_scan"
 """Folder of a run that holds the token counts of its samples."""
@@ -49,6 +50,7 @@ class TrainingData:
         return FeatureSamples(train, self.samples.get("validation", []))
 
 
+@collector_paused()
 def load_dataset(config: RunConfig, *, fits_captions: bool = True) -> TrainingData:
     """Read and check everything that a run trains on, validates on and fits its projectors to; every process does.
 
@@ -63,6 +65,8 @@ def load_dataset(config: RunConfig, *, fits_captions: bool = True) -> TrainingDa
     """
     data, dataset = config.data, TrainingData()
     build_augmentation(data)  # noise that cannot be mixed is refused here
+    if data.features is not None:
+        check_folder(config)
     for name in ("train", "validation", *(["captions"] if fits_captions else [])):
         if manifests := getattr(data, name):
             dataset.samples[name] = read_samples(manifests, data)

@@ -59,6 +59,7 @@ def train_loader(
     run: Path,
     seed: int,
     slots: RankSlots,
+    num_repeated: int | None = None,
 ) -> DataLoader[Any]:
     """Make the loader of this process's micro-batches, which goes on for ever.
 
@@ -67,8 +68,9 @@ def train_loader(
         encode: samples and their media to a batch, see `encode`; a sample that it refuses is left out.
         run: the run folder; what is left out is listed there.
         slots: this process among all.
+        num_repeated: the first so many micro-batches come again and again; all samples when None.
     """
-    batches = rank_batches(dataset.samples, scan, config=config, seed=seed, slots=slots)
+    batches = rank_batches(dataset.samples, scan, config=config, seed=seed, slots=slots, num_repeated=num_repeated)
     skip_log = SkipLog(run / SKIPPED_FILE.format(rank=slots.rank), max_bad_fraction=config.max_bad_fraction)
     collator = Collator(encode, skip_log=skip_log)
     return DataLoader(
@@ -81,13 +83,20 @@ def train_loader(
 
 
 def rank_batches(
-    samples: Sequence[Sample], scan: TokenScan, *, config: DataConfig, seed: int, slots: RankSlots
+    samples: Sequence[Sample],
+    scan: TokenScan,
+    *,
+    config: DataConfig,
+    seed: int,
+    slots: RankSlots,
+    num_repeated: int | None = None,
 ) -> RankBatches:
     """Choose which samples are in which micro-batch of this process; see `train_loader`."""
     kinds = media_groups(samples) if config.group_by_media else None
     limits = {"max_tokens": config.tokens_per_batch, "max_rows": config.max_rows}
     groups = parts_that_fit(samples_that_share(samples), scan.max_tokens, **limits) if config.share_media else ()
-    return RankBatches(Lengths(scan.max_tokens, scan.min_tokens, kinds, groups), seed=seed, slots=slots, **limits)
+    lengths = Lengths(scan.max_tokens, scan.min_tokens, kinds, groups)
+    return RankBatches(lengths, seed=seed, slots=slots, num_repeated=num_repeated, **limits)
 
 
 def validation_loader(

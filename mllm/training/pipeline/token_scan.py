@@ -12,7 +12,7 @@ import logging
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,14 +113,41 @@ class SampleTokens:
 
     def tokens(self, budget: Budget, space: Space) -> int:
         """Count all tokens at a budget; a medium it does not name is at its largest, one too short for it counts 1."""
-        row = EncodedSample("", (), (), tuple(MediaSpan(extent, 0) for extent in self.extents))
+        return self.tokens_with(SoftTokens(budget, space))
+
+    def tokens_with(self, soft_tokens: "SoftTokens") -> int:
+        """Count all tokens at the budget of a counter, which knows what other samples of the same media cost."""
+        # A cut through media leaves less than nothing: it is refused when it is loaded.
+        return max(self.text_tokens + soft_tokens(self.extents), 1)
+
+
+class SoftTokens:
+    """Counts the soft tokens of samples at one budget; those of media that are alike are counted once.
+
+    Args:
+        budget: a medium it does not name is at its largest; one that is too short for it counts 1.
+    """
+
+    def __init__(self, budget: Budget, space: Space) -> None:
+        self.budget = budget
+        self.space = space
+        self._known: dict[tuple[Extent, ...], int] = {}
+
+    def __call__(self, extents: tuple[Extent, ...]) -> int:
+        """Count the soft tokens of a sample's media."""
+        if (known := self._known.get(extents)) is None:
+            known = self._known[extents] = self._count(extents)
+        return known
+
+    def _count(self, extents: tuple[Extent, ...]) -> int:
+        row = EncodedSample("", (), (), tuple(MediaSpan(extent, 0) for extent in extents))
         try:
-            soft = sum(max(count.tokens, 1) for count in row.token_counts(budget, space))
+            return sum(max(count.tokens, 1) for count in row.token_counts(self.budget, self.space))
         except ValueError:  # too short for its budgets: found and left out when it is loaded
-            soft = sum(
-                _soft_tokens(extent, budget.amounts.get(extent.medium, Amount("max")), space) for extent in self.extents
+            amounts = [self.budget.amounts.get(extent.medium, Amount("max")) for extent in extents]
+            return sum(
+                _soft_tokens(extent, amount, self.space) for extent, amount in zip(extents, amounts, strict=True)
             )
-        return max(self.text_tokens + soft, 1)  # a cut through media leaves less: refused when it is loaded
 
 
 def measure_samples(
@@ -139,6 +166,8 @@ def measure_samples(
         ValueError: see `scan_tokens`.
     """
     measured: list[SampleTokens] = []
+    largest = SoftTokens(processor.space.largest(), processor.space)
+    shared: dict[tuple[Extent, ...], tuple[Extent, ...]] = {}  # most samples have media of a size that others have
     for start in range(0, len(samples), CHUNK):
         chunk = samples[start : start + CHUNK]
         for sample, counts in zip(chunk, _counts(chunk, processor.chat), strict=True):
@@ -147,17 +176,19 @@ def measure_samples(
             else:
                 if sample.messages[-1].role != "assistant":
                     counts = counts[0] + host_answer_tokens, host_answer_tokens
-                measured.append(_measure(sample, *counts, processor, max_sample_tokens))
+                one = _measure(sample, *counts, processor, max_sample_tokens, largest)
+                measured.append(replace(one, extents=shared.setdefault(one.extents, one.extents)))
     return measured
 
 
 def scan_of(samples: Sequence[Sample], measured: Sequence[SampleTokens], space: Space) -> TokenScan:
     """Make the scan of samples that have been measured."""
     refused = {sample.id: one.refused for sample, one in zip(samples, measured, strict=True) if one.refused is not None}
+    largest, smallest = SoftTokens(space.largest(), space), SoftTokens(space.smallest(), space)
     return TokenScan(
-        max_tokens=[one.tokens(space.largest(), space) for one in measured],
+        max_tokens=[one.tokens_with(largest) for one in measured],
         num_targets=[one.num_targets for one in measured],
-        min_tokens=[one.tokens(space.smallest(), space) for one in measured],
+        min_tokens=[one.tokens_with(smallest) for one in measured],
         refused=refused,
     )
 
@@ -227,7 +258,8 @@ def scan_tokens(
     logger.info("scanned %.0f samples per second", len(samples) / max(time.perf_counter() - started, 1e-9))
     if cache_file is not None:
         cache_file.parent.mkdir(parents=True, exist_ok=True)
-        write_text_whole(cache_file, json.dumps({"key": key, **asdict(scan)}))
+        values = {one.name: getattr(scan, one.name) for one in fields(TokenScan)}
+        write_text_whole(cache_file, json.dumps({"key": key, **values}))
     return scan
 
 
@@ -271,13 +303,17 @@ def _count(sample: Sample, chat: ChatEncoder) -> tuple[int, int] | str:
 
 
 def _measure(
-    sample: Sample, num_ids: int, num_targets: int, processor: ElasticProcessor, max_sample_tokens: int | None
+    sample: Sample,
+    num_ids: int,
+    num_targets: int,
+    processor: ElasticProcessor,
+    max_sample_tokens: int | None,
+    largest: SoftTokens,
 ) -> SampleTokens:
-    """Measure a sample, cut where it is too long."""
+    """Measure a sample, cut where it is too long with its soft tokens at the largest budget."""
     extents = extents_of(sample, processor)
     whole = SampleTokens(num_ids - len(extents) + _num_tags(sample, processor), num_targets, extents)
-    num_beyond = whole.tokens(processor.space.largest(), processor.space) - (max_sample_tokens or 0)
-    if max_sample_tokens is None or num_beyond <= 0:
+    if max_sample_tokens is None or (num_beyond := whole.tokens_with(largest) - max_sample_tokens) <= 0:
         return whole
     prompt = processor.chat(sample.messages)
     kept_labels = prompt.labels[: max(len(prompt.ids) - num_beyond, 0)]
