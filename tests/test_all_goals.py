@@ -17,7 +17,8 @@ LEAST: dict[str, list[str]] = {
     "beam_decoding": ["--beams", "3", "--new-tokens", "4"],
     "budget_sweep": ["--new-tokens", "4"],
     "merged_adapter": ["--new-tokens", "4"],
-    "rank_balance": ["--samples", "2000"],
+    "rank_balance": ["--samples", "500"],
+    "serving": ["--requests", "8", "--clients", "1", "4"],
 }
 """Smaller sizes of what would take minutes."""
 

@@ -57,7 +57,11 @@ PLACES: dict[str, tuple[str, dict[str, Any], str | None]] = {
         {**KNOWN, "image_processor_type": "ImageProcessor"},
         "transformers has no image processor 'ImageProcessor'",
     ),
-    "unknown sound": ("audio/preprocessor_config.json", {**KNOWN, "feature_extractor_type": "FeatureExtractor"}, ""),
+    "unknown feature extractor": (
+        "audio/preprocessor_config.json",
+        {**KNOWN, "feature_extractor_type": "FeatureExtractor"},
+        "",
+    ),
 }
 
 

@@ -1,6 +1,7 @@
 """What is saved is what is loaded, bit for bit, and nothing that does not fit is loaded."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,10 @@ from mllm.checkpoints.load import TRAINABLES, export, load, load_for, merge_llm_
 from mllm.config.model import LoraBankConfig
 from mllm.config.model_options import ModelOptions
 from mllm.media import MediaLimits
+from mllm.model.modeling import ElasticForConditionalGeneration
+from mllm.model.precision import read_dtype
 from mllm.model.trainables import set_trainables, trainable_names
+from mllm.processing.processor import ElasticProcessor
 
 ROWS = [
     ([tiny.random_media("image"), "what colour is the circle?"], "red"),
@@ -41,6 +45,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.fixture(scope="module")
+def exported(run: Path) -> Path:
+    """An export of it, which nobody changes."""
+    export(run, run.parent / "exported")
+    return run.parent / "exported"
+
+
+@pytest.fixture(scope="module")
+def loaded(run: Path) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
+    """The run as it is loaded, which nobody changes."""
+    return load(run)
+
+
 def logits(model, processor) -> torch.Tensor:
     inputs = processor.expand(tiny.batch(processor, ROWS), [[Budget()] * 2], left_padding=False).inputs
     with torch.no_grad():
@@ -51,8 +68,8 @@ def expected(run: Path) -> torch.Tensor:
     return torch.load(run.parent / "logits", weights_only=True)
 
 
-def test_a_loaded_run_gives_the_same_logits_bit_for_bit(run: Path) -> None:
-    model, processor = load(run)
+def test_a_loaded_run_gives_the_same_logits_bit_for_bit(run: Path, loaded) -> None:
+    model, processor = loaded
     assert torch.equal(logits(model, processor), expected(run))
     assert not model.training
     saved = load_file(run / TRAINABLES)
@@ -78,13 +95,12 @@ def test_the_checkpoint_holds_exactly_what_trains(run: Path) -> None:
     assert names == sorted(lora + projectors)
 
 
-def test_an_export_stands_alone_and_gives_the_same_answers(run: Path, tmp_path: Path) -> None:
-    export(run, tmp_path / "out")
-    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
-    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+def test_an_export_stands_alone_and_gives_the_same_answers(run: Path, exported: Path) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(exported).eval()
+    processor = AutoProcessor.from_pretrained(exported)
     assert not [name for name, _ in model.named_parameters() if "lora" in name]
     torch.testing.assert_close(logits(model, processor), expected(run), rtol=1e-4, atol=1e-5)
-    again, _ = mllm.load(tmp_path / "out")
+    again, _ = mllm.load(exported)
     assert torch.equal(logits(again, processor), logits(model, processor))
 
 
@@ -100,19 +116,17 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("message", MISFITS)
-def test_an_export_that_is_not_whole_is_refused_by_name(run: Path, tmp_path: Path, message: str) -> None:
-    export(run, tmp_path)
-    state = load_file(tmp_path / "model.safetensors")
+def test_an_export_that_is_not_whole_is_refused_by_name(exported: Path, tmp_path: Path, message: str) -> None:
+    shutil.copytree(exported, tmp_path / "out")
+    state = load_file(exported / "model.safetensors")
     MISFITS[message](state, "model.compressors.audio.projectors.0.0.weight")
-    (tmp_path / "model.safetensors").unlink()
-    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(state, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=message):
-        load(tmp_path)
+        load(tmp_path / "out")
 
 
-def test_an_export_in_several_files_is_read_whole(run: Path, tmp_path: Path) -> None:
-    export(run, tmp_path / "one")
-    model, processor = load(tmp_path / "one")
+def test_an_export_in_several_files_is_read_whole(exported: Path, tmp_path: Path) -> None:
+    model, processor = load(exported)
     model.save_pretrained(tmp_path / "several", max_shard_size="50KB")
     processor.save_pretrained(tmp_path / "several")
     again, _ = load(tmp_path / "several")
@@ -145,8 +159,8 @@ def test_weights_that_do_not_fit_are_refused_by_name(run: Path, tmp_path: Path, 
         load(tmp_path)
 
 
-def test_an_empty_tensor_is_not_saved(run: Path, tmp_path: Path) -> None:
-    model, processor = load(run)
+def test_an_empty_tensor_is_not_saved(loaded, tmp_path: Path) -> None:
+    model, processor = loaded
     with pytest.raises(ValueError, match="refusing to save b, which has size 0"):
         save_run(model, processor, tmp_path / "x", state={"a": torch.zeros(1), "b": torch.zeros(0)})
     assert not (tmp_path / "x" / TRAINABLES).exists()
@@ -178,8 +192,8 @@ def test_a_config_with_sizes_that_do_not_fit_is_refused_by_name(tmp_path) -> Non
         build(tiny.settings_on(parts, ("video",)))
 
 
-def test_a_merged_adapter_gives_the_same_logits_and_is_gone(run: Path) -> None:
-    model, processor = load(run)
+def test_a_merged_adapter_gives_the_same_logits_and_is_gone(run: Path, loaded) -> None:
+    model, processor = loaded
     merged, _ = load(run, merge_adapter=True)
     inputs = processor(text="how many objects?")
     with torch.no_grad():
@@ -226,7 +240,12 @@ def test_the_options_of_a_command_say_what_is_loaded(run: Path) -> None:
         ("fp32", torch.float32),
     ],
 )
-def test_frozen_parts_are_in_the_dtype_by_whatever_name(run: Path, dtype: str | torch.dtype, expected) -> None:
+def test_a_dtype_goes_by_several_names(dtype: str | torch.dtype, expected: torch.dtype) -> None:
+    assert read_dtype(dtype) == expected
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.bfloat16), ("half", torch.float16)])
+def test_frozen_parts_are_in_the_dtype(run: Path, dtype: str | torch.dtype, expected: torch.dtype) -> None:
     model, _ = load(run, dtype=dtype, device="cpu")
     assert model.get_input_embeddings().weight.dtype == expected
     assert next(model.model.compressors.parameters()).dtype == torch.float32

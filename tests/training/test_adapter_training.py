@@ -119,14 +119,23 @@ def test_accumulation_does_not_change_what_a_mixture_of_projectors_learns(tmp_pa
         torch.testing.assert_close(weights["two"][name], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process learns of the same rows."""
+    folder = tmp_path_factory.mktemp("one")
+    for name in worker.ADAPTER_SCENARIOS:
+        worker.run_scenario(name, worker.scenario_settings(name, folder, 1))
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [[], ["--deepspeed", CONFIGS / "zero2.json"], ["--deepspeed", CONFIGS / "zero3.json"]]
 )
-def test_two_processes_with_rows_of_different_experts_are_one_training(tmp_path: Path, options: list) -> None:
-    for name in worker.ADAPTER_SCENARIOS:
-        worker.run_scenario(name, worker.scenario_settings(name, tmp_path / "one", 1))
-    launch(tmp_path / "two", *worker.ADAPTER_SCENARIOS, *options, timeout=600)
+def test_two_processes_with_rows_of_different_experts_are_one_training(
+    one_process: Path, tmp_path: Path, options: list
+) -> None:
+    launch(tmp_path, *worker.ADAPTER_SCENARIOS, *options, timeout=600)
     # Adam divides a gradient of 3e-9, the median being 1e-5, by its own size: what it moves is rounding made visible.
     for name in worker.ADAPTER_SCENARIOS:
-        assert_same_run(tmp_path / "one" / name, tmp_path / "two" / name, weights_atol=1e-4)
+        assert_same_run(one_process / name, tmp_path / name, weights_atol=1e-4)
