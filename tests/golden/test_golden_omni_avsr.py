@@ -102,6 +102,7 @@ def case(request: pytest.FixtureRequest, sources: dict[str, str], tmp_path_facto
     return request.param, *load(folder / "run")
 
 
+@cache
 def loaded(processor: Any) -> dict[str, list[LoadedMedia]]:
     """The inputs as the model takes them, by medium."""
     facts = FACTS["inputs"]
