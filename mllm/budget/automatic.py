@@ -1,6 +1,6 @@
 """Reads and writes what a budget says without naming amounts: that a router is to choose, and caps in other units.
 
-    auto                        as good as the largest budget, at the fewest tokens
+    auto                        at least 99 % of what the largest budget gets right, at the fewest tokens
     auto,quality>=0.98          at least 98 % of what the largest budget gets right
     auto,loss<=0.05             a certified promise: at most so much is lost against the largest budget
     auto,mean_tokens<=16        the best answers at 16 soft tokens per request on average
@@ -27,7 +27,7 @@ LIMITS: Mapping[str, str] = {"flops": "<=", "kv_bytes": "<=", "ms": "<="}
 
 @dataclass(frozen=True)
 class Auto:
-    """Says how a router is to choose: at a goal, or as good as the largest budget where there is none."""
+    """Says how a router is to choose: at a goal, or nearly as good as the largest budget where there is none."""
 
     goal: Goal | None = None
     value: float = 0.0

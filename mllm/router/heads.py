@@ -25,7 +25,7 @@ from mllm.router.table import AnswerTable, Array
 
 MAX_COMPONENTS = 32
 """Principal components kept of a wider block; with hundreds of questions more of them only fit noise."""
-L2_GRID = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+L2_GRID = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
 """Weights of L2 that cross-validation chooses among, per question."""
 NUM_FOLDS = 5
 MIN_MEDIA = 20

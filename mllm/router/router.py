@@ -29,6 +29,9 @@ from mllm.utils.run_paths import model_folder
 
 FILE, WEIGHTS = "router.json", "router.safetensors"
 VERSION = 1
+DEFAULT_QUALITY = 0.99
+"""What `auto` alone aims at: the share of the largest budget's utility. All of it would hang on a few answers that are
+right at one budget and wrong at another by luck, and cost several times the tokens where they fall badly."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class MediaRouter:
                 f"quality>={auto.value:g} cannot be met: on its calibration data this router reached {best:.4g} of the "
                 "largest budget's"
             )
-        wanted = auto.value if auto.goal == "quality" else min(best, 1.0)
+        wanted = auto.value if auto.goal == "quality" else min(best, DEFAULT_QUALITY)
         return Policy(max(point.price for point in points if point.quality >= wanted), max_growths)
 
     def _certified(self, loss: float, max_growths: int) -> Policy:
