@@ -372,7 +372,11 @@ def write_run(parts: Parts, folder: Path, options: Options) -> None:
     put_adapters(model)
     names = set_trainables(model)
     check_layout(parts.trained, {name: tuple(model.get_parameter(name).shape) for name in names})
-    save_run(model, processor, folder, state={name: value.contiguous() for name, value in parts.trained.items()})
+    # What trains takes the place of its stand-ins; the frozen parts are not needed.
+    model.load_state_dict(
+        {name: value.contiguous() for name, value in parts.trained.items()}, strict=False, assign=True
+    )
+    save_run(model, processor, folder)
 
 
 def _projector_facts(projectors: Projectors, rates: tuple[int, ...]) -> str:

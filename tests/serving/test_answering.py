@@ -12,6 +12,7 @@ import torch
 from mllm.budget import Budget
 from mllm.config.long_audio import LongAudio
 from mllm.inference.answerer import Answerer
+from mllm.router.choice import BudgetChooser
 from mllm.serving.answering import AnswerRules, AnswerRun, repeats
 from mllm.serving.budgets import BudgetPolicy, Wishes
 from mllm.serving.decoders import DecoderPool, PooledLoader
@@ -91,7 +92,13 @@ class Bench:
         self.cache = MediaCache(64 * 2**20)
         loader = PooledLoader(gray=True, pool=self.pool)
         self.preparer = Preparer(
-            processor, loader, self.policy, self.cache, long_audio=LongAudio(), max_prompt_tokens=400
+            processor,
+            loader,
+            self.policy,
+            self.cache,
+            long_audio=LongAudio(),
+            max_prompt_tokens=400,
+            chooser=BudgetChooser(answerer.model, processor),
         )
         self.encoded: list[MediaItem] = []
         self.sizes: list[int] = []
