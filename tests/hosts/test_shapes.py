@@ -78,6 +78,7 @@ def test_changed_pixels_show_most_at_the_soft_token_of_their_place(adopted: Any,
         with torch.no_grad():
             soft = model.model.encode("image", values, grids.expand(len(images), -1)).values
         change += (soft[1:] - soft[:1]).norm(dim=-1)
+    change /= change.mean(dim=0)  # some soft tokens are moved by anything
     assert change.argmax(dim=1).tolist() == list(range(len(cells)))
 
 
