@@ -118,7 +118,7 @@ $(VENV)-hosts/stamp: $(LOCK) | $(VENV)-hosts/bin/python
 
 ## make test-hosts the tests of hosts whose processors need num2words, torchvision or torchaudio, in an environment of their own
 test-hosts: $(VENV)-hosts/stamp
-	REQUIRE_HOSTS=1 OMP_NUM_THREADS=1 $(VENV)-hosts/bin/python -m pytest tests/hosts -k "smolvlm or cohere2_vision or granite_speech"
+	REQUIRE_HOSTS=1 OMP_NUM_THREADS=1 $(VENV)-hosts/bin/python -m pytest tests/hosts -k "smolvlm or cohere2_vision or granite_speech or mistral3"
 
 $(VENV)-lips/stamp: $(LOCK) | $(VENV)-lips/bin/python
 	$(VENV)-lips/bin/python $(INSTALL) --no-project

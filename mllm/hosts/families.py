@@ -54,6 +54,8 @@ class Patches:
         smallest: patches (1, P, D) and grid (1, 2) of the smallest image, from the host's config.
         merged: patches per soft token, from the host's config.
         has_breaks: its prompts have a token of text behind each row.
+        grid_of: rows and columns of an image by its height and width, from the host's image processor and config; None
+            where the image processor itself counts patches by the size.
     """
 
     inputs: Callable[[Mapping[str, Tensor], Any], tuple[Tensor, Grid]]
@@ -61,6 +63,7 @@ class Patches:
     smallest: Callable[[Any], tuple[Tensor, Tensor]]
     merged: Callable[[Any], int]
     has_breaks: bool = False
+    grid_of: Callable[[Any, Any, int, int], Grid] | None = None
 
     def num_positions(self, config: Any, num_features: int) -> int:
         """Count the patches that the encoder reads for one image of so many soft tokens."""
@@ -201,7 +204,13 @@ HOSTS: dict[str, HostFamily] = {
         "Gemma4ForConditionalGeneration",
         "Gemma4Processor",
         unread=("audio_tower", "embed_audio"),
-        patches=Patches(patches.padded_inputs, patches.padded_features, patches.padded_smallest, patches.num_pooled),
+        patches=Patches(
+            patches.padded_inputs,
+            patches.padded_features,
+            patches.padded_smallest,
+            patches.num_pooled,
+            grid_of=patches.padded_grid,
+        ),
         channels=PerLayerInputs("mm_token_type_ids"),
         caps_logits=True,
     ),
@@ -219,6 +228,7 @@ HOSTS: dict[str, HostFamily] = {
             patches.cell_smallest,
             patches.num_in_cell,
             has_breaks=True,
+            grid_of=patches.cell_grid,
         ),
     ),
     "qwen2_audio": HostFamily(

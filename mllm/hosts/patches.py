@@ -9,6 +9,7 @@ L levels of the encoder that the decoder reads beside its output.
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -84,6 +85,17 @@ def num_pooled(config: Any) -> int:
     return int(config.vision_config.pooling_kernel_size) ** 2
 
 
+def padded_grid(image_processor: Any, config: Any, height: int, width: int) -> tuple[int, int]:
+    """Return rows and columns of an image's soft tokens of its size alone, as Gemma 4's image processor resizes it."""
+    from transformers.models.gemma4.image_processing_pil_gemma4 import get_aspect_ratio_preserving_size
+
+    pooled, patch = image_processor.pooling_kernel_size, image_processor.patch_size
+    max_patches = image_processor.max_soft_tokens * pooled**2
+    if image_processor.do_resize:
+        height, width = get_aspect_ratio_preserving_size(height, width, patch, max_patches, pooled)
+    return height // (patch * pooled), width // (patch * pooled)
+
+
 def cell_inputs(outputs: Mapping[str, Tensor], config: Any) -> tuple[Tensor, tuple[int, int]]:
     """Return an image as the cells (P, D) of pixels that a soft token is made of each, and their rows and columns."""
     side = _cell_side(config)
@@ -115,6 +127,19 @@ def cell_smallest(config: Any) -> tuple[Tensor, Tensor]:
 def num_in_cell(config: Any) -> int:
     """Count the patches that Mistral 3 merges to one soft token."""
     return int(config.spatial_merge_size) ** 2
+
+
+def cell_grid(image_processor: Any, config: Any, height: int, width: int) -> tuple[int, int]:
+    """Return rows and columns of an image's soft tokens of its size alone, as Pixtral's image processor resizes it."""
+    from transformers.image_utils import ChannelDimension
+    from transformers.models.pixtral.image_processing_pil_pixtral import get_resize_output_image_size
+
+    side = _cell_side(config)
+    if image_processor.do_resize:
+        blank = np.broadcast_to(np.uint8(0), (height, width, 3))  # of which the shape alone is looked at
+        edge = image_processor.size["longest_edge"]
+        height, width = get_resize_output_image_size(blank, edge, side, input_data_format=ChannelDimension.LAST)
+    return height // side, width // side
 
 
 def _cell_side(config: Any) -> int:

@@ -271,8 +271,9 @@ class HostProcessor:
             return self.tiling.choose((height, width), self.facts.image_pixels)
         if (count := getattr(image_processor, "get_number_of_image_patches", None)) is not None:
             return count(height, width, {"crop_to_patches": True})
-        keeps_shape = self.family.patches is not None or getattr(image_processor, "do_pan_and_scan", False)
-        return (height, width) if keeps_shape else None
+        if self.family.patches is not None and self.family.patches.grid_of is not None:
+            return self.family.patches.grid_of(image_processor, self.config, height, width)
+        return (height, width) if getattr(image_processor, "do_pan_and_scan", False) else None
 
     @cached_property
     def beginning(self) -> tuple[int, ...]:

@@ -164,6 +164,10 @@ def test_tiles_and_patches_are_counted_by_size_as_the_hosts_processor_makes_them
     known = processor.host.size_of(*size)
     assert (known.num_images, known.num_tags) == (item.num_images, item.num_tags)
     assert known.grid[0] * known.grid[1] == item.tokens
+    patches = processor.host.family.patches
+    if patches is not None and patches.grid_of is not None:
+        grid_of = patches.grid_of(processor.host.processor.image_processor, processor.host.config, *size)
+        assert grid_of == item.grid
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name in ("llava", "idefics3", "qwen3_vl")])

@@ -63,22 +63,23 @@ def test_changed_pixels_show_most_at_the_soft_token_of_their_place(adopted: Any,
     model, processor, _host = adopted(family)
     height, width = (30, 40)
     rows, columns = processor.host(tiny_hosts.image(height, width)).grid
-    plain = np.asarray(tiny_hosts.image(height, width))
-    cells = [(row, column) for row in range(rows) for column in range(columns)]
+    cells, grids = [divmod(cell, columns) for cell in range(rows * columns)], torch.tensor([[rows, columns]])
     down, across = height / rows, width / columns
-    values = []
-    for row, column in cells:
-        changed = plain.copy()
-        top, left = round(row * down), round(column * across)
-        part = changed[top : round(top + down), left : round(left + across)]
-        part[:] = 255 - part
-        values.append(processor.host(Image.fromarray(changed)).values)
-    before = processor.host(Image.fromarray(plain)).values
-    grids = torch.tensor([[rows, columns]])
-    with torch.no_grad():
-        base = model.model.encode("image", before[None], grids).values
-        after = model.model.encode("image", torch.stack(values), grids.expand(len(cells), -1)).values
-    assert (after - base).norm(dim=-1).argmax(dim=1).tolist() == list(range(len(cells)))
+    change = torch.zeros(len(cells), len(cells))
+    for seed in range(4):  # attention of random weights spreads a change too, to other places in every image
+        plain = np.asarray(tiny_hosts.image(height, width, seed=seed))
+        images = [plain]
+        for row, column in cells:
+            images.append(plain.copy())
+            top, left = round(row * down), round(column * across)
+            part = images[-1][top : round(top + down), left : round(left + across)]
+            part[:] = 255 - part
+        values = torch.stack([processor.host(Image.fromarray(image)).values for image in images])
+        with torch.no_grad():
+            soft = model.model.encode("image", values, grids.expand(len(images), -1)).values
+        change += (soft[1:] - soft[:1]).norm(dim=-1)
+    change /= change.mean(dim=0)  # some soft tokens are moved by anything
+    assert change.argmax(dim=1).tolist() == list(range(len(cells)))
 
 
 @pytest.mark.parametrize("family", GRID_POSITIONS)
