@@ -150,8 +150,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("message", list(BROKEN))
 def test_weights_that_do_not_fit_are_refused_by_name(run: Path, tmp_path: Path, message: str) -> None:
-    for file in run.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
     state = load_file(tmp_path / TRAINABLES)
     BROKEN[message](state)
     save_file(state, tmp_path / TRAINABLES)
