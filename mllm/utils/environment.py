@@ -97,6 +97,7 @@ OPTIONAL = (
     Package("espeakng-loader", "espeakng_loader", "making the synthetic corpus's speech", extra="demo"),
     # Later ones cap numpy below 2, or come without their models. It wants protobuf 4, and with it tensorboard 2.20.
     Package("mediapipe", purpose="finding faces for mouth crops (mllm prepare lips)", extra="lips", apart=True),
+    Package("num2words", purpose="adopting a SmolVLM, whose processor asks for it", extra="hosts"),
     Package("gguf", purpose="the demo on real weights (make demo-real)", extra="real"),
     Package("piper-tts", module="piper", purpose="a voice for that demo", extra="real", apart=True),
 )
