@@ -212,3 +212,16 @@ def test_random_damage_is_refused_or_read_and_nothing_else(tmp_path: Path) -> No
             if row.sample is not None:
                 write_manifest(tmp_path / "again.jsonl", [row.sample])
                 assert read_manifest(tmp_path / "again.jsonl", tmp_path) == [row.sample]
+
+
+def test_what_many_rows_say_alike_is_kept_once(tmp_path: Path) -> None:
+    """Of a million rows roles, tasks and short answers would take more memory than what tells them apart."""
+    messages = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "red"}]
+    row = {"task": "vqa", "kind": "colour", "messages": messages}
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"id": f"s{number}", **row}) + "\n" for number in range(2)))
+    one, other = read_manifest(tmp_path / "a.jsonl", tmp_path)
+    assert one.messages == other.messages
+    assert one.messages[1].parts[0] is other.messages[1].parts[0]
+    assert one.task is other.task
+    assert one.meta is other.meta
+    assert one.messages[0].role is other.messages[0].role
