@@ -8,7 +8,8 @@ than its default are tried from the largest down. The arithmetic is the processo
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -37,15 +38,17 @@ class ResizingKind:
 
     Args:
         seen: how an image of height and width is seen at a setting, by the processor's plain values.
-        settings: smaller ones than the default, from the largest down, by the same values and a cap on tokens.
+        settings: smaller ones than the default, from the largest down, by the same values.
         default: the setting that those values mean.
         keywords: what makes the processor take a setting, by the same values.
+        is_monotone: a smaller setting never has more tokens, so that long lists of them are not gone through.
     """
 
     seen: Callable[[Values, Size, int], Seen]
-    settings: Callable[[Values, int], Iterable[int]]
+    settings: Callable[[Values], Sequence[int]]
     default: Callable[[Values], int]
     keywords: Callable[[Values, int], dict[str, Any]]
+    is_monotone: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,18 +79,21 @@ class HostResizing:
         Raises:
             ValueError: none has so few, and the message names the smallest; or as `default`.
         """
-        smallest = self.default(image)
-        if smallest.tokens <= max_tokens:
-            return smallest
-        for setting in self.kind.settings(self.values, max_tokens):
-            resolution = self._at(image, setting)
-            if resolution.tokens <= max_tokens:
-                return resolution
-            smallest = min(smallest, resolution, key=lambda one: one.tokens)
+        default = self.default(image)
+        if default.tokens <= max_tokens:
+            return default
+        settings = self.kind.settings(self.values)
+        if self.kind.is_monotone:
+            start = bisect_left(settings, -max_tokens, key=lambda setting: -self._at(image, setting).tokens)
+            settings = settings[min(start, len(settings) - 1) :][:1]
+        resolutions = [self._at(image, setting) for setting in settings]
+        if (first := next((one for one in resolutions if one.tokens <= max_tokens), None)) is not None:
+            return first
+        smallest = min(one.tokens for one in (default, *resolutions))
         height, width = image
         raise ValueError(
-            f"image<={max_tokens} cannot be met: an image of {height} x {width} pixels takes at least "
-            f"{smallest.tokens} tokens before it is pooled; image=N pools them"
+            f"image<={max_tokens} cannot be met: an image of {height} x {width} pixels takes at least {smallest} "
+            "tokens before it is pooled; image=N pools them"
         )
 
     def keywords(self, setting: int | None) -> dict[str, Any]:
@@ -151,7 +157,7 @@ def _within_max_edge(height: int, width: int) -> Size:
     return height, width
 
 
-def _idefics_settings(values: Values, _: int) -> range:
+def _idefics_settings(values: Values) -> range:
     """List whole numbers of tiles along the longer side, which is where the count changes."""
     tile = int(values["max_image_size"]["longest_edge"])
     default = int(values["size"]["longest_edge"])
@@ -205,7 +211,7 @@ def _arrangements(least: int, most: int) -> list[tuple[int, int]]:
     return sorted(shapes, key=lambda shape: shape[0] * shape[1])
 
 
-def _max_tiles_settings(values: Values, _: int) -> range:
+def _max_tiles_settings(values: Values) -> range:
     return range(int(values["max_patches"]) - 1, 0, -1)
 
 
@@ -264,15 +270,18 @@ def _min_pixels(values: Values, max_pixels: int) -> int:
     return min(int(values["size"]["shortest_edge"]), max_pixels)
 
 
-def _qwen_settings(values: Values, max_tokens: int) -> Iterable[int]:
-    """List areas of whole tokens, from the cap down: sides are rounded, and long images have one token across."""
-    area = _token_pixels(values) ** 2
-    return (tokens * area for tokens in range(max_tokens, 0, -1))
+def _qwen_settings(values: Values) -> range:
+    """List areas of whole tokens."""
+    return _areas(values, frames=1)
 
 
-def _glm4v_settings(values: Values, max_tokens: int) -> Iterable[int]:
-    frames = int(values["temporal_patch_size"])
-    return (frames * pixels for pixels in _qwen_settings(values, max_tokens))
+def _glm4v_settings(values: Values) -> range:
+    return _areas(values, frames=int(values["temporal_patch_size"]))
+
+
+def _areas(values: Values, frames: int) -> range:
+    token = frames * _token_pixels(values) ** 2
+    return range((_longest_edge(values) - 1) // token * token, 0, -token)
 
 
 def gemma4_grid(values: Values, image: Size, max_tokens: int) -> Seen:
@@ -288,8 +297,8 @@ def gemma4_grid(values: Values, image: Size, max_tokens: int) -> Seen:
     return Seen(1, (rows, columns))
 
 
-def _gemma4_settings(values: Values, _: int) -> Iterable[int]:
-    return (tokens for tokens in GEMMA4_TOKENS if tokens < int(values["max_soft_tokens"]))
+def _gemma4_settings(values: Values) -> list[int]:
+    return [tokens for tokens in GEMMA4_TOKENS if tokens < int(values["max_soft_tokens"])]
 
 
 def _longest_edge(values: Values) -> int:
@@ -307,7 +316,7 @@ _IDEFICS = ResizingKind(
     keywords=lambda _, setting: {"size": {"longest_edge": setting}},
 )
 _INTERNVL = ResizingKind(internvl_tiles, _max_tiles_settings, _max_tiles, _max_tiles_keywords)
-_QWEN = ResizingKind(qwen_grid, _qwen_settings, _longest_edge, _area_keywords)
+_QWEN = ResizingKind(qwen_grid, _qwen_settings, _longest_edge, _area_keywords, is_monotone=True)
 RESIZING: dict[str, ResizingKind] = {
     "idefics3": _IDEFICS,
     "smolvlm": _IDEFICS,
@@ -317,7 +326,7 @@ RESIZING: dict[str, ResizingKind] = {
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
     "qwen3_vl": _QWEN,
-    "glm4v": ResizingKind(glm4v_grid, _glm4v_settings, _longest_edge, _area_keywords),
+    "glm4v": ResizingKind(glm4v_grid, _glm4v_settings, _longest_edge, _area_keywords, is_monotone=True),
     "gemma4": ResizingKind(
         gemma4_grid,
         _gemma4_settings,
