@@ -134,11 +134,14 @@ class MediumSpace:
             raise ValueError(f"{self.medium}={amount} was not trained and this model serves only: {self.allowed()}")
         if extent.grid is None:
             return self._count_stream(chosen, extent)
+        resolution = self.resolution_of(extent, max_image_tokens)
+        if resolution is not None and resolution.grid is not None:
+            extent = replace(extent, grid=resolution.grid)
         one = self._count_grid(chosen, extent)
         if self.frame_counts:
             return self._count_frames(one.tokens, extent, num_frames)
         if self.tiling is None:
-            return self._count_pieces(one, extent, max_image_tokens)
+            return _count_pieces(one, extent, resolution)
         return self._count_tiles(self.tiling, one.tokens, extent, max_tiles)
 
     def resolution_of(self, extent: Extent, max_image_tokens: int | None) -> Resolution | None:
@@ -153,13 +156,6 @@ class MediumSpace:
         assert extent.image_pixels is not None
         chosen = self.resizing.at_most(extent.image_pixels, max_image_tokens)
         return None if chosen.setting is None else chosen
-
-    def _count_pieces(self, one: TokenCount, extent: Extent, max_image_tokens: int | None) -> TokenCount:
-        resolution = self.resolution_of(extent, max_image_tokens)
-        pieces = extent.num_images if resolution is None else resolution.num_images
-        if pieces == 1:
-            return replace(one, resolution=resolution)
-        return TokenCount(pieces * one.tokens, each=one.tokens, pieces=pieces, resolution=resolution)
 
     def _count_tiles(self, tiling: Tiling, each: int, extent: Extent, max_tiles: int | None) -> TokenCount:
         image, tile, grid = extent.image_pixels, extent.tile_pixels, extent.grid
@@ -242,6 +238,14 @@ class MediumSpace:
         return TokenCount(value)
 
 
+def _count_pieces(one: TokenCount, extent: Extent, resolution: Resolution | None) -> TokenCount:
+    """Counts all that a host makes of an image, each encoded image as one."""
+    pieces = extent.num_images if resolution is None else resolution.num_images
+    if pieces == 1:
+        return replace(one, resolution=resolution)
+    return TokenCount(pieces * one.tokens, each=one.tokens, pieces=pieces, resolution=resolution)
+
+
 @dataclass(frozen=True)
 class Space:
     """Holds the budgets a model was trained on, by medium."""
@@ -293,7 +297,7 @@ class Space:
             raise ValueError(f"frames={budget.num_frames}: the videos of this model are not frames of images")
         if budget.max_image_tokens is not None and self.media["image"].resizing is None:
             raise ValueError(
-                f"image<={budget.max_image_tokens}: this model sees images at one size; image=N pools what it sees"
+                f"image<={budget.max_image_tokens}: this model sees no image smaller; image=N pools what it sees"
             )
 
 

@@ -67,7 +67,10 @@ def items_of(extent: Extent, count: TokenCount, *, frame_pixels: Sequence[int] =
     if extent.grid is None:
         size = (int(frame_pixels[0]), int(frame_pixels[1])) if extent.medium == "video" else (0, 0)
         return [Item(extent.medium, extent.length, count.tokens, *size)]
-    shown = [Item("image", extent.length, count.each or count.tokens)] * count.num_images
+    features = extent.length
+    if count.resolution is not None and count.resolution.grid is not None:
+        features = count.resolution.tokens
+    shown = [Item("image", features, count.each or count.tokens)] * count.num_images
     hidden = extent.num_images - count.frames if count.frames else 0
     return shown + [Item("image", extent.length, 0)] * hidden
 

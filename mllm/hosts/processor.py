@@ -157,7 +157,13 @@ class HostProcessor:
             keywords = {"images_kwargs": self.resizing.keywords(resolution.setting)}
         outputs = self._called(images=[raw], **keywords)
         if self.family.patches is not None:
-            return self._patches(outputs, self.family.patches)
+            item = self._patches(outputs, self.family.patches)
+            if resolution is not None and item.grid != resolution.grid:
+                raise ValueError(
+                    f"the host's processor made {item.grid} soft tokens of an image of {raw.height} x {raw.width} "
+                    f"pixels, and by its size there are {resolution.grid}"
+                )
+            return item
         values = outputs["pixel_values"]
         values = values.reshape(-1, *values.shape[-3:])
         if self.facts.image_pixels != tuple(values.shape[-2:]):

@@ -2,21 +2,34 @@
 
 Knows image processors by the plain values they are saved as, and sizes. Does not know images or weights.
 
-There is one function per way of resizing. It tells how many encoded images a setting makes, and must say what the
-processor itself does: a tile more or less and the prompt has other placeholders than the image has features. Smaller
-settings than its default are tried from the largest down, so a larger cap never sees less than a smaller one.
+There is one function per way of resizing. It tells how a setting sees an image, and must say what the processor itself
+does: a tile or a row more or less and the prompt has other placeholders than the image has features. Smaller settings
+than its default are tried from the largest down. The arithmetic is the processors' own, floating point included.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mllm.budget.resolution import Resolution
 from mllm.budget.tiling import Size
 
+Values = Mapping[str, Any]
 MAX_EDGE_PIXELS = 4096
 """Idefics3's processor and those after it make no image longer than this."""
+MOST_RATIO = 200
+"""Qwen-VL's processors refuse images that are longer by more than this."""
+GEMMA4_TOKENS = (1120, 560, 280, 140, 70)
+"""All that its processor takes as `max_soft_tokens`."""
+
+
+class Seen(NamedTuple):
+    """Tells how an image is seen: so many encoded images, and the rows and columns of one that keeps its shape."""
+
+    num_images: int
+    grid: Size | None = None
 
 
 @dataclass(frozen=True)
@@ -24,16 +37,18 @@ class ResizingKind:
     """Describes a way of resizing.
 
     Args:
-        num_images: encoded images of an image of height and width at a setting, by the processor's plain values.
+        seen: how an image of height and width is seen at a setting, by the processor's plain values.
         settings: smaller ones than the default, from the largest down, by the same values.
         default: the setting that those values mean.
-        keywords: what makes the processor take a setting.
+        keywords: what makes the processor take a setting, by the same values.
+        is_monotone: a smaller setting never has more tokens, so that long lists of them are not gone through.
     """
 
-    num_images: Callable[[Mapping[str, Any], Size, int], int]
-    settings: Callable[[Mapping[str, Any]], range]
-    default: Callable[[Mapping[str, Any]], int]
-    keywords: Callable[[int], dict[str, Any]]
+    seen: Callable[[Values, Size, int], Seen]
+    settings: Callable[[Values], Sequence[int]]
+    default: Callable[[Values], int]
+    keywords: Callable[[Values, int], dict[str, Any]]
+    is_monotone: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,58 +58,66 @@ class HostResizing:
     Args:
         kind: of `RESIZING`.
         values: plain values of the image processor.
-        tokens: of one encoded image at the full budget.
+        tokens: of one encoded image at the full budget, where all have as many.
     """
 
     kind: ResizingKind
-    values: Mapping[str, Any]
+    values: Values
     tokens: int
 
     def default(self, image: Size) -> Resolution:
-        """Return what the processor does unless it is told otherwise."""
+        """Return what the processor does unless it is told otherwise.
+
+        Raises:
+            ValueError: an image of a shape that the processor refuses.
+        """
         return self._at(image, self.kind.default(self.values), is_default=True)
 
     def at_most(self, image: Size, max_tokens: int) -> Resolution:
         """Return the first resolution, from the default down, of at most so many tokens.
 
         Raises:
-            ValueError: none has so few; the message names the smallest.
+            ValueError: none has so few, and the message names the smallest; or as `default`.
         """
-        smallest = self.default(image)
-        if smallest.tokens <= max_tokens:
-            return smallest
-        for setting in self.kind.settings(self.values):
-            resolution = self._at(image, setting)
-            if resolution.tokens <= max_tokens:
-                return resolution
-            smallest = min(smallest, resolution, key=lambda one: one.tokens)
+        default = self.default(image)
+        if default.tokens <= max_tokens:
+            return default
+        settings = self.kind.settings(self.values)
+        if self.kind.is_monotone:
+            start = bisect_left(settings, -max_tokens, key=lambda setting: -self._at(image, setting).tokens)
+            settings = settings[min(start, len(settings) - 1) :][:1]
+        resolutions = [self._at(image, setting) for setting in settings]
+        if (first := next((one for one in resolutions if one.tokens <= max_tokens), None)) is not None:
+            return first
+        smallest = min(one.tokens for one in (default, *resolutions))
         height, width = image
         raise ValueError(
-            f"image<={max_tokens} cannot be met: an image of {height} x {width} pixels takes at least "
-            f"{smallest.tokens} tokens before it is pooled; image=N pools them"
+            f"image<={max_tokens} cannot be met: an image of {height} x {width} pixels takes at least {smallest} "
+            "tokens before it is pooled; image=N pools them"
         )
 
     def keywords(self, setting: int | None) -> dict[str, Any]:
         """Return what the processor is called with for a setting of a resolution."""
-        return {} if setting is None else self.kind.keywords(setting)
+        return {} if setting is None else self.kind.keywords(self.values, setting)
 
     def _at(self, image: Size, setting: int, *, is_default: bool = False) -> Resolution:
-        num_images = self.kind.num_images(self.values, image, setting)
-        return Resolution(None if is_default else setting, num_images, num_images * self.tokens)
+        num_images, grid = self.kind.seen(self.values, image, setting)
+        each = self.tokens if grid is None else grid[0] * grid[1]
+        return Resolution(None if is_default else setting, num_images, num_images * each, grid)
 
 
-def resizing_of(model_type: str, values: Mapping[str, Any], tokens: int) -> HostResizing | None:
+def resizing_of(model_type: str, values: Values, tokens: int) -> HostResizing | None:
     """Return how a host's images are resized; None where they are seen at one size.
 
     Args:
         values: plain values of its image processor.
-        tokens: of one encoded image at the full budget.
+        tokens: of one encoded image at the full budget, where all have as many.
     """
     kind = RESIZING.get(model_type)
     return None if kind is None else HostResizing(kind, values, tokens)
 
 
-def idefics_images(values: Mapping[str, Any], image: Size, longest_edge: int) -> int:
+def idefics_tiles(values: Values, image: Size, longest_edge: int) -> Seen:
     """Count the tiles of Idefics3 and SmolVLM: the image is made so long, and cut into squares, the whole behind them.
 
     The image becomes a rectangle of whole squares first, so that it loses its shape a little.
@@ -102,7 +125,7 @@ def idefics_images(values: Mapping[str, Any], image: Size, longest_edge: int) ->
     height, width = image
     tile = int(values["max_image_size"]["longest_edge"])
     if not values.get("do_image_splitting", True):
-        return 1
+        return Seen(1)
     # The processor computes sides by way of the ratio, in floating point, and makes the shorter one even.
     ratio = width / height
     if width >= height:
@@ -118,7 +141,7 @@ def idefics_images(values: Mapping[str, Any], image: Size, longest_edge: int) ->
     else:
         height = math.ceil(height / tile) * tile
         width = math.ceil(int(height * ratio) / tile) * tile
-    return 1 if max(height, width) <= tile else (height // tile) * (width // tile) + 1
+    return Seen(1 if max(height, width) <= tile else (height // tile) * (width // tile) + 1)
 
 
 def _even(pixels: int) -> int:
@@ -134,20 +157,20 @@ def _within_max_edge(height: int, width: int) -> Size:
     return height, width
 
 
-def _idefics_settings(values: Mapping[str, Any]) -> range:
+def _idefics_settings(values: Values) -> range:
     """List whole numbers of tiles along the longer side, which is where the count changes."""
     tile = int(values["max_image_size"]["longest_edge"])
     default = int(values["size"]["longest_edge"])
     return range((default - 1) // tile * tile, 0, -tile)
 
 
-def internvl_images(values: Mapping[str, Any], image: Size, max_tiles: int) -> int:
+def internvl_tiles(values: Values, image: Size, max_tiles: int) -> Seen:
     """Count the tiles of InternVL and Aya Vision: the arrangement nearest to the image's ratio, and the whole behind.
 
     Of arrangements that are as near, the later one counts if it is not twice as large as the image.
     """
     if max_tiles == 1:
-        return 1
+        return Seen(1)
     (height, width), least = image, int(values["min_patches"])
     tile_area = int(values["size"]["height"]) * int(values["size"]["width"])
     nearest, best = math.inf, (1, 1)
@@ -156,11 +179,10 @@ def internvl_images(values: Mapping[str, Any], image: Size, max_tiles: int) -> i
         is_no_larger = height * width > 0.5 * tile_area * columns * rows
         if distance < nearest or (distance == nearest and is_no_larger):
             nearest, best = distance, (columns, rows)
-    num_tiles = best[0] * best[1]
-    return num_tiles + 1 if num_tiles > 1 else 1
+    return _with_whole(best[0] * best[1])
 
 
-def cohere_images(values: Mapping[str, Any], image: Size, max_tiles: int) -> int:
+def cohere_tiles(values: Values, image: Size, max_tiles: int) -> Seen:
     """Count the tiles of Cohere's vision models: the arrangement that enlarges least, or else shrinks least."""
     (height, width), tile = image, int(values["size"]["height"])
     scales = [
@@ -170,7 +192,12 @@ def cohere_images(values: Mapping[str, Any], image: Size, max_tiles: int) -> int
     enlarging = [(scale, number) for scale, number in scales if scale >= 1]
     # `min` and `max` take the first of equals, as the processor does.
     _, num_tiles = min(enlarging, key=_scale) if enlarging else max(scales, key=_scale)
-    return num_tiles + 1 if num_tiles > 1 else 1
+    return _with_whole(num_tiles)
+
+
+def _with_whole(num_tiles: int) -> Seen:
+    """Count the whole image, which stands behind its tiles where there are several."""
+    return Seen(num_tiles + 1 if num_tiles > 1 else 1)
 
 
 def _scale(scaled: tuple[float, int]) -> float:
@@ -184,30 +211,127 @@ def _arrangements(least: int, most: int) -> list[tuple[int, int]]:
     return sorted(shapes, key=lambda shape: shape[0] * shape[1])
 
 
-def _max_tiles_settings(values: Mapping[str, Any]) -> range:
+def _max_tiles_settings(values: Values) -> range:
     return range(int(values["max_patches"]) - 1, 0, -1)
 
 
-def _max_tiles(values: Mapping[str, Any]) -> int:
+def _max_tiles(values: Values) -> int:
     return int(values["max_patches"])
 
 
-def _max_tiles_keywords(setting: int) -> dict[str, Any]:
+def _max_tiles_keywords(_: Values, setting: int) -> dict[str, Any]:
     return {"max_patches": setting}
 
 
+def qwen_grid(values: Values, image: Size, max_pixels: int) -> Seen:
+    """Tell the grid of Qwen-VL's images: sides in whole tokens, so that the area lies between two numbers of pixels.
+
+    Raises:
+        ValueError: an image more than 200 times as long as it is wide.
+    """
+    return _within_area(image, _token_pixels(values), _min_pixels(values, max_pixels), max_pixels)
+
+
+def glm4v_grid(values: Values, image: Size, max_pixels: int) -> Seen:
+    """Tell the grid of GLM-4V's images: as Qwen-VL's, but a tiny image grows first, and pixels count once per frame.
+
+    Raises:
+        ValueError: as `qwen_grid`.
+    """
+    side, frames = _token_pixels(values), int(values["temporal_patch_size"])
+    if min(image) < side:
+        scale = max(side / image[0], side / image[1])
+        image = int(image[0] * scale), int(image[1] * scale)
+    return _within_area(image, side, _min_pixels(values, max_pixels) / frames, max_pixels / frames)
+
+
+def _within_area(image: Size, side: int, min_pixels: float, max_pixels: float) -> Seen:
+    height, width = image
+    if max(image) / min(image) > MOST_RATIO:
+        raise ValueError(f"an image of {height} x {width} pixels is more than {MOST_RATIO} times as long as it is wide")
+    rows, columns = round(height / side), round(width / side)
+    if rows * columns * side**2 > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rows = max(1, math.floor(height / shrink / side))
+        columns = max(1, math.floor(width / shrink / side))
+    elif rows * columns * side**2 < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows, columns = math.ceil(height * grow / side), math.ceil(width * grow / side)
+    return Seen(1, (rows, columns))
+
+
+def _token_pixels(values: Values) -> int:
+    """Return the side of a soft token in pixels."""
+    return int(values["patch_size"]) * int(values["merge_size"])
+
+
+def _min_pixels(values: Values, max_pixels: int) -> int:
+    """Return the least area: the processor's own, unless an image is to have less."""
+    return min(int(values["size"]["shortest_edge"]), max_pixels)
+
+
+def _qwen_settings(values: Values) -> range:
+    """List areas of whole tokens."""
+    return _areas(values, frames=1)
+
+
+def _glm4v_settings(values: Values) -> range:
+    return _areas(values, frames=int(values["temporal_patch_size"]))
+
+
+def _areas(values: Values, frames: int) -> range:
+    token = frames * _token_pixels(values) ** 2
+    return range((_longest_edge(values) - 1) // token * token, 0, -token)
+
+
+def gemma4_grid(values: Values, image: Size, max_tokens: int) -> Seen:
+    """Tell the grid of Gemma 4's images: as large as so many tokens allow, sides rounded down; small images grow."""
+    (height, width), kernel, patch = image, int(values["pooling_kernel_size"]), int(values["patch_size"])
+    side = kernel * patch
+    factor = math.sqrt(max_tokens * kernel**2 * patch**2 / (height * width))
+    rows, columns = math.floor(factor * height / side), math.floor(factor * width / side)
+    if rows == 0:
+        return Seen(1, (1, min(width // height, max_tokens)))
+    if columns == 0:
+        return Seen(1, (min(height // width, max_tokens), 1))
+    return Seen(1, (rows, columns))
+
+
+def _gemma4_settings(values: Values) -> list[int]:
+    return [tokens for tokens in GEMMA4_TOKENS if tokens < int(values["max_soft_tokens"])]
+
+
+def _longest_edge(values: Values) -> int:
+    return int(values["size"]["longest_edge"])
+
+
+def _area_keywords(values: Values, setting: int) -> dict[str, Any]:
+    return {"size": {"shortest_edge": _min_pixels(values, setting), "longest_edge": setting}}
+
+
 _IDEFICS = ResizingKind(
-    idefics_images,
+    idefics_tiles,
     _idefics_settings,
-    default=lambda values: int(values["size"]["longest_edge"]),
-    keywords=lambda setting: {"size": {"longest_edge": setting}},
+    _longest_edge,
+    keywords=lambda _, setting: {"size": {"longest_edge": setting}},
 )
-_INTERNVL = ResizingKind(internvl_images, _max_tiles_settings, _max_tiles, _max_tiles_keywords)
+_INTERNVL = ResizingKind(internvl_tiles, _max_tiles_settings, _max_tiles, _max_tiles_keywords)
+_QWEN = ResizingKind(qwen_grid, _qwen_settings, _longest_edge, _area_keywords, is_monotone=True)
 RESIZING: dict[str, ResizingKind] = {
     "idefics3": _IDEFICS,
     "smolvlm": _IDEFICS,
     "internvl": _INTERNVL,
     "aya_vision": _INTERNVL,
-    "cohere2_vision": ResizingKind(cohere_images, _max_tiles_settings, _max_tiles, _max_tiles_keywords),
+    "cohere2_vision": ResizingKind(cohere_tiles, _max_tiles_settings, _max_tiles, _max_tiles_keywords),
+    "qwen2_vl": _QWEN,
+    "qwen2_5_vl": _QWEN,
+    "qwen3_vl": _QWEN,
+    "glm4v": ResizingKind(glm4v_grid, _glm4v_settings, _longest_edge, _area_keywords, is_monotone=True),
+    "gemma4": ResizingKind(
+        gemma4_grid,
+        _gemma4_settings,
+        default=lambda values: int(values["max_soft_tokens"]),
+        keywords=lambda _, setting: {"max_soft_tokens": setting},
+    ),
 }
 """By the `model_type` of the host's config; the others see images at one size."""

@@ -48,6 +48,11 @@ class MediaSpan:
         resolution = count.resolution
         return self.extent.grid if resolution is None or resolution.grid is None else resolution.grid
 
+    def num_features(self, count: TokenCount) -> int:
+        """Count the features of each of its encoded items that it shows at a count."""
+        grid = self.grid_of(count)
+        return self.extent.length if grid is None else grid[0] * grid[1]
+
     def num_tags(self, count: TokenCount) -> int:
         """Count the tokens of text that a host puts between and around its soft tokens.
 
@@ -343,7 +348,7 @@ def _expert_ids(row: EncodedSample, costs: Sequence[TokenCount], expert_names: E
     try:
         counts = list(zip(media, costs, strict=True))
         is_full = all(
-            (cost.each or cost.tokens) == span.extent.length for span, cost in zip(row.spans, costs, strict=True)
+            (cost.each or cost.tokens) == span.num_features(cost) for span, cost in zip(row.spans, costs, strict=True)
         )
         scale_id = expert_names.scale_id(counts, is_full=is_full) if expert_names.scales else NO_EXPERT
         task_id = expert_names.task_id(row.task, media) if expert_names.tasks else NO_EXPERT

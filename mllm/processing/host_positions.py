@@ -27,7 +27,8 @@ def position_inputs(rows: Sequence[EncodedSample], expanded: Expanded, placehold
     for number, counts in enumerate(expanded.token_counts):
         images = []
         for span, count in zip(rows[number % len(rows)].spans, counts, strict=True):
-            assert span.extent.grid is not None
-            images.append(PlacedImage(span.extent.grid, count.tokens))
+            grid = span.grid_of(count)
+            assert grid is not None
+            images.append(PlacedImage(grid, count.tokens))
         tables.append(row_positions(ids[number][masks[number]].tolist(), placeholder_id, images))
     return {"prompt_positions": position_table(tables)}

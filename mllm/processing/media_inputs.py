@@ -31,12 +31,14 @@ class HostView:
         ids: of the prompt.
         num_placeholders: among them.
         breaks: tokens of text behind the rows of an image, which are not among them.
+        grid: of the features of an image that keeps its shape, where it was loaded at several resolutions.
         resolution: of an image that is seen smaller than by default.
     """
 
     ids: tuple[int, ...]
     num_placeholders: int = 1
     breaks: RowBreaks | None = None
+    grid: Size | None = None
     resolution: Resolution | None = None
 
     def num_tags(self, tokens: int, grid: Size | None) -> int:
@@ -78,7 +80,22 @@ class LoadedMedia:
     @property
     def num_items(self) -> int:
         """Count the encoded items it makes."""
-        return len(self.values) if self.encoder == "image" and self.values.ndim == 4 else 1
+        return len(self.values) if self.encoder == "image" and self._is_stack else 1
+
+    @property
+    def _is_stack(self) -> bool:
+        return self.values.ndim == 4 or (self.values.ndim == 3 and len(self.views) > 1)
+
+    @property
+    def items(self) -> list[Tensor]:
+        """List the values of its encoded items."""
+        return list(self.values) if self._is_stack else [self.values]
+
+    @property
+    def grids(self) -> list[Size]:
+        """List the grids of its encoded items, where images keep their shape."""
+        own = [] if self.grid is None else [self.grid]
+        return own or [view.grid for view in self.views if view.grid is not None]
 
 
 def cuts_of(extents: Sequence[Extent], budgets: Sequence[Budget], space: Space) -> list[tuple[Tiles, ...]]:
@@ -164,9 +181,10 @@ def stack_media(items: Sequence[LoadedMedia]) -> dict[str, Tensor]:
         if any(item.values.ndim == 4 for item in of_medium) and medium == "image":
             out[key] = torch.cat([item.values.view(-1, *item.values.shape[-3:]) for item in of_medium])
         elif of_medium:
-            out[key] = torch.nn.utils.rnn.pad_sequence([item.values for item in of_medium], batch_first=True)
-            if of_medium[0].grid is not None:
-                out["image_grids"] = torch.tensor([item.grid for item in of_medium])
+            values = [one for item in of_medium for one in (item.items if medium == "image" else [item.values])]
+            out[key] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True)
+            if grids := [grid for item in of_medium for grid in item.grids]:
+                out["image_grids"] = torch.tensor(grids)
         if of_medium and medium in LENGTH_KEYS:
             out[LENGTH_KEYS[medium]] = torch.tensor([item.raw_length for item in of_medium])
     return out

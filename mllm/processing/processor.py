@@ -416,12 +416,15 @@ class ElasticProcessor(ProcessorCalls):
 
     def _resized(self, host: HostProcessor, raw: Any, resolutions: Sequence[Resolution]) -> LoadedMedia:
         items = [host(raw, resolution) for resolution in resolutions]
-        views = [
-            HostView(item.ids, item.num_placeholders, item.breaks, None if one.setting is None else one)
+        views = tuple(
+            HostView(item.ids, item.num_placeholders, item.breaks, item.grid, None if one.setting is None else one)
             for item, one in zip(items, resolutions, strict=True)
-        ]
-        values = torch.cat([item.values for item in items])
-        return LoadedMedia("image", values, 1, image_pixels=(raw.height, raw.width), views=tuple(views))
+        )
+        if len(items) == 1 or items[0].grid is None:
+            values = torch.cat([item.values for item in items])
+        else:
+            values = torch.nn.utils.rnn.pad_sequence([item.values for item in items], batch_first=True)
+        return LoadedMedia("image", values, 1, image_pixels=(raw.height, raw.width), views=views)
 
     def _check_medium(self, medium: str) -> None:
         if medium not in self.placeholder_ids:
@@ -449,8 +452,9 @@ class ElasticProcessor(ProcessorCalls):
         """
         facts = self.facts["image"]
         if self.host is not None and self.host.resizing is not None:
-            pieces = self.host.resizing.default(image_pixels).num_images
-            return Extent("image", grid=facts.grid, image_pixels=image_pixels, num_images=pieces)
+            default = self.host.resizing.default(image_pixels)
+            grid = default.grid or facts.grid
+            return Extent("image", grid=grid, image_pixels=image_pixels, num_images=default.num_images)
         if facts.image_pixels is None:
             raise ValueError("model.image.tiling needs an encoder that reads images of one size; leave it out")
         return Extent("image", grid=facts.grid, image_pixels=image_pixels, tile_pixels=facts.image_pixels)

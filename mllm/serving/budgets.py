@@ -322,7 +322,7 @@ class BudgetPolicy:
                 merged.total_tokens,
                 merged.max_tiles if tiles is None else tiles,
                 merged.num_frames if frames is None else frames,
-                merged.max_image_tokens if seen is None else seen,
+                max_image_tokens=merged.max_image_tokens if seen is None else seen,
             )
         try:
             return count_tokens(extents, merged, self._capped_space())

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from mllm.checkpoints.load import TRAINABLES
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
-ZERO = {
+LAUNCHERS: dict[str, list[str]] = {
     "ddp": [],
     "zero2": ["--train.deepspeed", "configs/zero2.json"],
     "zero3": ["--train.deepspeed", "configs/zero3.json"],
@@ -54,28 +53,35 @@ def write_config(folder: Path, host: str) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any], dict[str, torch.Tensor]]:
+    """A host, a run on it, and what one process makes of twice the micro-batches per step."""
+    folder = tmp_path_factory.mktemp("processes")
+    host = tiny_hosts.write("llava", folder / "host")
+    config = write_config(folder, host)
+    trained = mllm.train({**config, "train": {**config["train"], "out": str(folder / "one"), "accumulation": 2}})
+    return host, config, load_file(trained / TRAINABLES)
+
+
 @pytest.mark.slow
-def test_a_gated_host_trains_alike_on_two_processes_and_stays_itself_at_full(tmp_path: Path) -> None:
-    host = tiny_hosts.write("llava", tmp_path / "host")
-    config = write_config(tmp_path, host)
-    one = {**config, "train": {**config["train"], "out": str(tmp_path / "one"), "accumulation": 2}}
-    expected = load_file(mllm.train(one) / TRAINABLES)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_gated_host_trains_alike_on_two_processes_and_stays_itself_at_full(
+    launcher: str, one_process: Any, tmp_path: Path
+) -> None:
+    host, config, expected = one_process
     assert any(value.any() for name, value in expected.items() if ".lora_B" in name)
+    out = tmp_path / "run"
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**config, "train": {**config["train"], "out": str(out)}}))
+    _launch("train", "--config", str(tmp_path / "run.yaml"), *LAUNCHERS[launcher])
+    result = load_file(out / TRAINABLES)
+    assert result.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(result[key], value, rtol=1e-4, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}")
     original, raw = tiny_hosts.load(host, "llava", torch.float32), tiny_hosts.image(seed=9)
-    for name, options in ZERO.items():
-        out = tmp_path / name
-        (tmp_path / "run.yaml").write_text(yaml.safe_dump({**config, "train": {**config["train"], "out": str(out)}}))
-        _launch("train", "--config", str(tmp_path / "run.yaml"), *options)
-        result = load_file(out / TRAINABLES)
-        assert result.keys() == expected.keys()
-        for key, value in expected.items():
-            torch.testing.assert_close(
-                result[key], value, rtol=1e-4, atol=2e-5, msg=partial("{}: {} {}".format, name, key)
-            )
-        model, processor = mllm.load(out)
-        with torch.no_grad():
-            logits = original(**adoption.host_inputs(processor, raw, torch.float32)).logits
-            assert torch.equal(model(**tiny_hosts.inputs(processor, [raw])).logits, logits)
+    model, processor = mllm.load(out)
+    with torch.no_grad():
+        logits = original(**adoption.host_inputs(processor, raw, torch.float32)).logits
+        assert torch.equal(model(**tiny_hosts.inputs(processor, [raw])).logits, logits)
 
 
 def _launch(*words: str) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +20,53 @@ from mllm.hosts.resizing import RESIZING, resizing_of
 from mllm.inference.answerer import Answerer, Decoding
 from mllm.processing.processor import ElasticProcessor
 
-FAST = ("idefics3", "internvl")
+FAST = ("idefics3", "internvl", "qwen3_vl")
 FAMILIES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in RESIZING]
 SIZES = [(24, 24), (100, 100), (30, 40), (41, 29), (7, 300), (300, 7), (1, 90), (90, 1), (97, 55), (55, 98), (23, 25)]
 """Heights and widths in pixels, extreme ratios among them; a tile has 24 x 24."""
 
 
-def with_more_tiles(processor: ElasticProcessor) -> HostProcessor:
-    """The same processor with a default of many tiles, as released ones have."""
-    host, image_processor = processor.host, processor.host.processor.image_processor
-    values = image_processor.to_dict()
-    values |= {"size": {"longest_edge": 120}} if "max_image_size" in values else {"max_patches": 12}
+def roomy(processor: ElasticProcessor) -> ElasticProcessor:
+    """The same processor, whose host sees images larger by default, as released ones do."""
+    assert processor.host is not None
+    assert processor.settings.host is not None
+    values = processor.host.processor.image_processor.to_dict()
+    for key, larger in LARGER.items():
+        values |= larger if key in values else {}
+    roomy = copy(processor)
     kept = {**processor.settings.host, "preprocessor": values}
-    return HostProcessor(host.config, kept, processor.tokenizer)
+    roomy.host = HostProcessor(processor.host.config, kept, processor.tokenizer)
+    roomy.space = processor.space.resized_by(roomy.host.resizing)
+    return roomy
+
+
+LARGER: dict[str, dict[str, Any]] = {
+    "max_image_size": {"size": {"longest_edge": 120}},
+    "max_patches": {"max_patches": 12},
+    "merge_size": {"size": {"shortest_edge": 256, "longest_edge": 64 * 150}},
+    "max_soft_tokens": {"max_soft_tokens": 280},
+}
+"""By a key that tells the kind of image processor."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_setting_makes_as_many_tiles_as_the_size_says(adopted: Any, family: str) -> None:
-    host = with_more_tiles(adopted(family)[1])
+def test_every_setting_sees_what_the_size_says(adopted: Any, family: str) -> None:
+    host = roomy(adopted(family)[1]).host
     kind, values = host.resizing.kind, host.resizing.values
     seen = set()
     for size in SIZES:
         height, width = size
         image = Image.new("RGB", (width, height), (90, 120, 200))
-        resolutions = {host.resizing.default(size)}
-        resolutions |= {host.resizing.at_most(size, 9 * number) for number in (30, 13, 9, 7, 5, 3, 1)}
-        resolutions |= {host.resizing._at(size, setting) for setting in kind.settings(values)}
+        default = host.resizing.default(size)
+        resolutions = {default, *(host.resizing._at(size, setting) for setting in kind.settings(values))}
         for resolution in resolutions:
             item = host(image, resolution)  # raises where the processor makes others
-            assert item.ids.count(host.placeholder_id) * 9 == resolution.tokens
-            seen.add(len(item.values))
+            assert item.tokens * item.num_placeholders == resolution.tokens
+            seen.add(resolution.tokens)
+        for most in range(min(one.tokens for one in resolutions), default.tokens, 7):
+            chosen = host.resizing.at_most(size, most)
+            assert chosen.tokens <= most
+            assert host.resizing.at_most(size, chosen.tokens) == chosen
     assert len(seen) > 4, seen
 
 
@@ -71,8 +89,9 @@ def test_released_sizes_are_counted_as_their_processors_do() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_resized_image_is_the_hosts_own_at_that_setting(adopted: Any, family: str) -> None:
-    model, processor, host = adopted(family)
-    image = tiny_hosts.image(100, 60)
+    model, given, host = adopted(family)
+    processor, image = roomy(given), tiny_hosts.image(100, 60)
+    assert processor.host is not None
     default = processor.host.resizing.default((100, 60))
     resolution = processor.host.resizing.at_most((100, 60), default.tokens - 1)
     assert resolution.tokens < default.tokens
@@ -83,8 +102,7 @@ def test_a_resized_image_is_the_hosts_own_at_that_setting(adopted: Any, family: 
     theirs = adoption.host_inputs(processor, image, torch.float32, images_kwargs=keywords)
     assert torch.equal(ours["input_ids"], theirs["input_ids"])
     with torch.no_grad():
-        expected = host(**theirs).logits
-        assert torch.equal(model(**ours).logits, expected)
+        assert torch.equal(model(**ours).logits, host(**theirs).logits)
         reduced = tiny_hosts.inputs(processor, [image], f"image=4,{budget}")
         assert reduced["scale_ids"].tolist() == [0]
         assert reduced["num_image_tokens"].tolist() == [4] * resolution.num_images
@@ -105,8 +123,12 @@ def without_adapter(model: Any) -> Iterator[None]:
         one.data.copy_(before)
 
 
-def test_resolutions_meet_in_one_batch_and_answer_as_alone(adopted: Any) -> None:
-    model, processor, _ = adopted("idefics3")
+@pytest.mark.parametrize(
+    ("family", "tokens"),
+    [("idefics3", [45, 9, 20, 4]), pytest.param("qwen3_vl", [32, 8, 4, 4], marks=pytest.mark.slow)],
+)
+def test_resolutions_meet_in_one_batch_and_answer_as_alone(adopted: Any, family: str, tokens: list[int]) -> None:
+    model, processor, _ = adopted(family)
     raws = [tiny_hosts.image(100, 60), tiny_hosts.image(60, 100, seed=1)]
     budgets = [Budget.parse(text) for text in ("", "image<=9", "image=4", "image=4,image<=9")]
     message = (Message("user", (Media("image", "x"), Text("what is this?"))),)
@@ -120,7 +142,7 @@ def test_resolutions_meet_in_one_batch_and_answer_as_alone(adopted: Any) -> None
                 image=raw, text="what is this?", budget=str(budget)
             )
             assert (answer.text, answer.tokens) == (alone.text, alone.tokens)
-    assert [of_rows[0].tokens["image"] for of_rows in answers] == [45, 9, 20, 4]
+    assert [of_rows[0].tokens["image"] for of_rows in answers] == tokens
     only = processor.batch(samples[:1], [[processor.transform("image", raws[0])]], for_training=False)
     with pytest.raises(
         ValueError, match="loaded at a resolution of its own, and its budget wants 9 tokens: load media"
@@ -149,10 +171,10 @@ def test_a_cap_in_flops_keeps_what_is_seen(adopted: Any) -> None:
     assert capped.tokens == {"image": 9}
 
 
-def test_a_host_that_sees_images_at_one_size_refuses(tmp_path: Path) -> None:
+def test_a_host_that_sees_no_image_smaller_refuses(tmp_path: Path) -> None:
     folder = tiny_hosts.write("llava", tmp_path)
     _, processor = tiny_hosts.adopted(folder, "llava")
-    with pytest.raises(ValueError, match=r"^image<=9: this model sees images at one size; image=N pools what it sees$"):
+    with pytest.raises(ValueError, match=r"^image<=9: this model sees no image smaller; image=N pools what it sees$"):
         processor.space.check(Budget.parse("image<=9"))
-    with pytest.raises(ValueError, match=r"image<=9: this model sees images at one size"):
+    with pytest.raises(ValueError, match=r"image<=9: this model sees no image smaller"):
         tiny_hosts.inputs(processor, [tiny_hosts.image()], "image<=9")

@@ -184,7 +184,8 @@ def test_an_adopted_host_trains_as_its_config_stands_and_comes_closer_to_itself(
     words += ["--train.learning_rate", "0.005", "--train.use_cpu", "--train.progress", "false"]
     untrained, processor = tiny_hosts.adopted(host, family, trained=False)
     asked = [f"{medium}={budget}" for budget in budgets[1:]]
-    asked += ["image<=9"] if processor.host.resizing is not None else []
+    # Gemma 4's processor sees no image as smaller than the 70 tokens that the tiny host has by default.
+    asked += ["image<=9"] if processor.host.resizing is not None and family != "gemma4" else []
     before = divergences(untrained, processor, family, asked)
     assert main([*words, "--data.num_workers", "0"]) == 0
     model, processor = mllm.load("runs/adopted")

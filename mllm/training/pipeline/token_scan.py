@@ -334,7 +334,8 @@ def extents_of(sample: Sample, processor: ElasticProcessor) -> tuple[Extent, ...
 def _extent(part: Media, sample: Sample, processor: ElasticProcessor) -> Extent:
     facts, space = processor.facts[part.medium], processor.space.media[part.medium]
     if part.medium == "image" and (space.tiling is not None or space.resizing is not None):
-        return processor.image_extent(_image_pixels(part, sample, processor.limits) or facts.image_pixels or (1, 1))
+        unknown = facts.image_pixels or _UNKNOWN_PIXELS
+        return processor.image_extent(_image_pixels(part, sample, processor.limits) or unknown)
     if processor.host is not None and part.medium == "image":
         size = processor.host.size_of(*(_image_pixels(part, sample, processor.limits) or _UNKNOWN_PIXELS))
         return Extent(part.medium, grid=size.grid, num_images=size.num_images)
