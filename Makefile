@@ -16,7 +16,7 @@ TORCH ?= auto
 INSTALL := scripts/install.py --torch $(TORCH)
 SHORT_DEMO := demo --steps 4 --num_utterances 24 --num_test_utterances 8 --num_scenes 24 --num_test_scenes 8 --judge false
 
-.PHONY: help demo demo-real test test-slow test-real test-oldest test-newest newest lock test-page test-liger test-hosts test-lips test-lmms test-vllm test-all environments lint types check bench clean
+.PHONY: help demo demo-real test test-faults test-slow test-real test-oldest test-newest newest lock test-page test-liger test-hosts test-lips test-lmms test-vllm test-all environments lint types check bench clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -44,6 +44,10 @@ demo: $(VENV)/demo.stamp
 ## make test       the fast tests
 test: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
+
+## make test-faults  every fault by the thousand, and one table of what held: most of an hour on two cores; Linux
+test-faults: $(VENV)/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/table.py
 
 ## make test-slow  the tests that take minutes (several processes, DeepSpeed)
 test-slow: $(VENV)/dev.stamp

@@ -2,8 +2,8 @@
 
 Knows the commands by name. Loads only the file of the command that is asked for, so that `--help` is quick.
 
-Exit codes: 0 done, 1 done but something needs attention (failed samples, a bad manifest, a broken installation),
-2 refused, 130 interrupted.
+Exit codes are named in `mllm.utils.exit_codes`: 0 done, 1 done but something needs attention, 2 refused, 3 a run that
+ended itself, 128 + n after signal n (130 after Ctrl-C).
 """
 
 import logging
@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
+
+from mllm.utils.exit_codes import BROKEN_DOWN, INTERRUPTED, REFUSED
 
 VERBS = {
     "train": "mllm.commands.train",
@@ -31,6 +33,7 @@ VERBS = {
     "demo": "mllm.commands.demo",
     "export": "mllm.commands.export",
     "push": "mllm.commands.push",
+    "check": "mllm.commands.check",
     "data check": "mllm.commands.data_check",
     "data balance": "mllm.commands.data_balance",
     "data import": "mllm.commands.data_import",
@@ -80,14 +83,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         hide_broken_packages()  # before a command imports transformers
         return run(settings)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupted:
         sys.stderr.write("interrupted\n")
-        return 130
+        return getattr(interrupted, "exit_status", INTERRUPTED)  # that of a run says by which signal
+    except FloatingPointError as error:
+        if debug:
+            raise
+        sys.stderr.write(f"mllm: {_shown(error)}\n")
+        return BROKEN_DOWN
     except (ValueError, OSError, ImportError) as error:
         if debug:
             raise
         sys.stderr.write(f"mllm: {_shown(error)}\n")
-        return 2
+        return REFUSED
 
 
 def parse(words: Sequence[str]) -> tuple[Callable[[Any], int], Any]:

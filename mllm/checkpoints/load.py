@@ -8,7 +8,8 @@ the processor's files. Nothing is ever unpickled.
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -23,9 +24,9 @@ from mllm.checkpoints.auto_classes import register
 from mllm.checkpoints.build import assemble
 from mllm.checkpoints.expert_folders import read_experts, write_experts
 from mllm.checkpoints.peft_folders import write_adapters
-from mllm.checkpoints.pretrained import load_checked
+from mllm.checkpoints.pretrained import check_layer_counts, load_checked
 from mllm.checkpoints.sources import find_parts, seen_from
-from mllm.checkpoints.tensor_files import write_model, write_tensors
+from mllm.checkpoints.tensor_files import num_bytes_of, write_model, write_tensors
 from mllm.config.model import GatedLoraConfig, LoraBankConfig, MomeConfig
 from mllm.config.model_options import ModelOptions
 from mllm.media import MediaLimits
@@ -34,8 +35,10 @@ from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.precision import read_dtype
 from mllm.model.trainables import set_trainables, trainable_names
 from mllm.processing.processor import ElasticProcessor
-from mllm.utils.files import aside_of, flush_to_disk
-from mllm.utils.run_paths import NEWEST, PROCESSOR, model_folder, run_of
+from mllm.utils.fail_points import fail_point
+from mllm.utils.files import flush_to_disk, new_folder, writing
+from mllm.utils.run_paths import MODEL_ASIDE, NEWEST, PROCESSOR, model_folder, run_of
+from mllm.utils.sealing import MANIFEST, check_before_load, files_below, renew_seal, seal_folder, unchecked
 
 TRAINABLES = "trainables.safetensors"
 
@@ -47,25 +50,66 @@ def save_run(
     *,
     state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a run folder: aside first, then file by file in place, the weights last; then its LoRA as others read it.
+    """Write a run folder: aside first, then file by file in place, digests last; then its LoRA as others read it.
 
     Args:
         state: the trainables when they do not lie whole in the model (ZeRO-3); the model's own otherwise.
+
+    Raises:
+        WriteError: the disk refuses it; the path, the bytes needed and those that are free are told.
     """
     folder = Path(folder)
-    aside = aside_of(folder)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     model.config.sources = seen_from(model.config.sources or {}, folder)
-    model.config.save_pretrained(aside)
-    processor.save_pretrained(aside)
-    state = trainable_state(model) if state is None else state
-    save_trainables(state, aside / TRAINABLES)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in sorted(aside.iterdir(), key=lambda file: file.name == TRAINABLES):
-        os.replace(file, folder / file.name)
-    aside.rmdir()
-    write_adapters(model, processor.expert_names, folder, state)
+    trainables = state if state is not None else trainable_state(model)
+
+    def write(aside: Path) -> None:
+        model.config.save_pretrained(aside)
+        processor.save_pretrained(aside)
+        save_trainables(trainables, aside / TRAINABLES)
+        seal_folder(aside, files_below(aside))
+
+    _write_into(folder, write, num_bytes=num_bytes_of(trainables.values()))
+    write_adapters(model, processor.expert_names, folder, trainables)
+
+
+def save_processor(processor: ElasticProcessor, run: Path) -> None:
+    """Write the processor of a run, whose checkpoints can then be used however it ends.
+
+    Raises:
+        WriteError: as `save_run`. ValueError: the run is finished, and its manifest damaged.
+    """
+
+    replaced: list[str] = []
+
+    def write(aside: Path) -> None:
+        processor.save_pretrained(aside)
+        replaced.extend(files_below(aside))
+
+    _write_into(run, write)
+    if (run / MANIFEST).is_file():
+        renew_seal(run, replaced)
+
+
+def _write_into(folder: Path, write: Callable[[Path], None], *, num_bytes: int | None = None) -> None:
+    """Write files aside, inside the folder, which may be a disk of its own, then put them in place, the manifest last.
+
+    Raises:
+        WriteError: the disk refuses it; what was there is untouched, and nothing is left of what was begun.
+    """
+    aside = folder / MODEL_ASIDE
+    try:
+        with writing(folder, num_bytes):
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            write(aside)
+            fail_point("model.written")
+            order = (TRAINABLES, MANIFEST)
+            for file in sorted(aside.iterdir(), key=lambda file: order.index(file.name) if file.name in order else -1):
+                fail_point("model.moving")
+                os.replace(file, folder / file.name)
+            flush_to_disk(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
@@ -122,6 +166,8 @@ def load(
 ) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
     """Load a model and its processor from a run folder, a checkpoint in one or an export, in eval mode.
 
+    The digests of its files are checked first; `mllm.utils.sealing.unchecked` leaves that out.
+
     Args:
         dtype: of the frozen parts: "float32", "bfloat16" ("bf16"), "float16" ("fp16"), or torch's own.
         device: where to put the model; the GPU when left out, where there is one.
@@ -134,7 +180,7 @@ def load(
     Raises:
         FileNotFoundError: the folder holds no model or no such checkpoint, or a frozen part is not where it was.
         ValueError: weights that do not fit, by name, or frozen parts that are not those it was trained on; or an
-            adapter that cannot be merged; or a device that is not here.
+            adapter that cannot be merged; or a device that is not here; or files that are not those written, by name.
     """
     register()
     allowed, device = MediaLimits.of(limits), _device_of(device)
@@ -158,15 +204,16 @@ def load_for(
     Raises:
         FileNotFoundError, ValueError: as `load`.
     """
-    return load(
-        options.model,
-        dtype=options.dtype,
-        device="cpu" if device is None and options.use_cpu else device,
-        merge_adapter=options.merge_adapter,
-        checkpoint=options.checkpoint,
-        sources=options.sources,
-        limits=options.limits,
-    )
+    with nullcontext() if options.verify else unchecked():
+        return load(
+            options.model,
+            dtype=options.dtype,
+            device="cpu" if device is None and options.use_cpu else device,
+            merge_adapter=options.merge_adapter,
+            checkpoint=options.checkpoint,
+            sources=options.sources,
+            limits=options.limits,
+        )
 
 
 def _device_of(device: str | torch.device | None) -> torch.device:
@@ -215,7 +262,9 @@ def _load(
             f"{home} holds no {PROCESSOR}, which a run writes when it begins; go on with it once (mllm train --resume "
             f"{NEWEST})"
         )
+    check_before_load(folder)
     config = ElasticConfig.from_pretrained(folder)
+    check_layer_counts(config.to_dict(), str(folder))
     processor = ElasticProcessor.from_pretrained(home, elastic_config=config, trust_remote_code=False)
     if not (folder / TRAINABLES).is_file():
         if read_experts(folder) is not None:
@@ -271,9 +320,6 @@ def export(
         ValueError: a folder that holds something, an adapter that cannot be merged, or a scale or task that is missing
             or that it has not.
     """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not empty; export writes to a new folder, so that no file of another model stays")
     if experts_as_lora and (scale or task or llm_only):
         raise ValueError("experts_as_lora writes every expert; it does not go with scale, task or llm_only")
     model, processor = load(folder, device="cpu", checkpoint=checkpoint, sources=sources)
@@ -293,6 +339,32 @@ def export(
             scale_id=_index_of("scale", scale, processor.expert_names.scales),
             task_id=_index_of("task", task, processor.expert_names.tasks),
         )
+    with new_folder(out) as new:
+        model, processor = load(folder, device="cpu", checkpoint=checkpoint, sources=sources)
+        if model.config.host_config is not None:
+            if scale or task or llm_only or experts_as_lora:
+                raise ValueError(
+                    f"{folder} is a model on a host, which is exported as it is; leave out scale, task, llm_only and "
+                    "experts_as_lora"
+                )
+            _write_with_adapter(model, processor, new)
+        else:
+            if experts_as_lora:
+                write_experts(model.model.language_model, processor.expert_names, new)
+            else:
+                select_experts(
+                    model.model.language_model,
+                    scale_id=_index_of("scale", scale, processor.expert_names.scales),
+                    task_id=_index_of("task", task, processor.expert_names.tasks),
+                )
+            _write_merged(model, processor, new, llm_only=llm_only)
+        seal_folder(new, files_below(new))
+
+
+def _write_merged(
+    model: ElasticForConditionalGeneration, processor: ElasticProcessor, out: Path, *, llm_only: bool
+) -> None:
+    """Merge the adapters and write what then stands alone."""
     merge_adapters(model)
     processor.forget_experts()
     model.config.adapter = None

@@ -37,6 +37,7 @@ from mllm.checkpoints.sources import PICKLED_WEIGHTS, WEIGHTS, WEIGHTS_INDEX, re
 from mllm.encoders import ENCODERS, backbone_class, backbone_config, register_av_hubert
 from mllm.hosts import find_family, host_class
 
+MAX_LAYERS = 1_000
 NAMED_TENSORS = 4
 """How many tensors of each kind a message names before it counts the others."""
 
@@ -61,11 +62,28 @@ def read_config(reference: str) -> PreTrainedConfig:
             f"the config of {reference} says {refused[0]}={values[refused[0]]!r}; only plain weights in {WEIGHTS}, or "
             f"in the files that {WEIGHTS_INDEX} names, are read"
         )
+    check_layer_counts(values, reference)
     register_av_hubert()
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except StrictDataclassError as error:
         raise ValueError(f"the config of {reference} is refused: {error}") from error
+
+
+def check_layer_counts(values: Mapping[Any, Any], reference: str) -> None:
+    """Refuse a config of more layers than any model has: making them, even without values, would not come to an end.
+
+    Args:
+        values: a config, with those of its parts inside.
+
+    Raises:
+        ValueError: the key and its value.
+    """
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            check_layer_counts(value, reference)
+        elif str(key).endswith(("layers", "n_layer")) and isinstance(value, int) and value > MAX_LAYERS:
+            raise ValueError(f"the config of {reference} says {key}={value}; more than {MAX_LAYERS:,} are never made")
 
 
 def read_tokenizer(reference: str, **options: Any) -> Any:

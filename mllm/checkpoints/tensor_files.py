@@ -6,20 +6,32 @@ The safetensors library writes to a temporary file first, which only its owner m
 on a shared disk would then be of use to nobody else.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from mllm.utils.files import writing
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def write_tensors(tensors: Mapping[str, "Tensor"], path: str | Path, *, metadata: dict[str, str] | None = None) -> None:
-    """Write tensors to a file whose permissions are those that the user's umask gives."""
+    """Write tensors to a file whose permissions are those that the user's umask gives.
+
+    Raises:
+        WriteError: the disk refuses it; the path, the bytes needed and those that are free are told.
+    """
     from safetensors.torch import save_file
 
-    save_file(dict(tensors), path, metadata=metadata)
-    Path(path).chmod(_usual_mode(Path(path)))
+    with writing(path, num_bytes_of(tensors.values())):
+        save_file(dict(tensors), path, metadata=metadata)
+        Path(path).chmod(_usual_mode(Path(path)))
+
+
+def num_bytes_of(tensors: "Iterable[Tensor]") -> int:
+    """Count the bytes of the values of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def write_model(model: Any, folder: str | Path, **options: Any) -> None:
@@ -27,10 +39,14 @@ def write_model(model: Any, folder: str | Path, **options: Any) -> None:
 
     Args:
         options: of `save_pretrained`.
+
+    Raises:
+        WriteError: as `write_tensors`.
     """
-    model.save_pretrained(folder, **options)
-    for file in Path(folder).glob("*.safetensors"):
-        file.chmod(_usual_mode(file))
+    with writing(folder, num_bytes_of(model.parameters())):
+        model.save_pretrained(folder, **options)
+        for file in Path(folder).glob("*.safetensors"):
+            file.chmod(_usual_mode(file))
 
 
 def _usual_mode(path: Path) -> int:

@@ -32,12 +32,12 @@ class Settings(RunConfig):
 
 
 def run(settings: Settings) -> int:
-    """Train, and after an interrupt say what is saved and how to go on; then 130."""
+    """Train, and after a signal say what is saved and how to go on; then 128 and the number of the signal."""
     import os
 
     from mllm.commands.terminal import console
     from mllm.data.skipped import TooManyBadSamples
-    from mllm.training.interruption import how_to_go_on
+    from mllm.training.interruption import RunInterrupted, how_to_go_on
     from mllm.utils.distributed import finish_launch
     from mllm.utils.run_paths import RUN_CONFIG
 
@@ -50,11 +50,14 @@ def run(settings: Settings) -> int:
         folder = train(config, resume=settings.resume, sources=settings.sources)
     except TooManyBadSamples as error:
         raise ValueError(str(error)) from error
-    except KeyboardInterrupt:
+    except RunInterrupted as interrupted:
         if os.environ.get("RANK", "0") == "0":
             folder = Path(config.train.out)
-            console(stderr=True).print(how_to_go_on(folder, folder / RUN_CONFIG), soft_wrap=True, highlight=False)
-        return 130
+            line = how_to_go_on(folder, folder / RUN_CONFIG, str(interrupted))
+            console(stderr=True).print(line, soft_wrap=True, highlight=False)
+        if interrupted.is_agreed:
+            finish_launch()
+        return interrupted.exit_status
     finish_launch()
     console(stderr=True).print(f"trained: {folder}")
     return 0

@@ -25,6 +25,8 @@ class ModelOptions:
     rows."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Keeps the frozen parts in this type."""
+    verify: bool = True
+    """Compares the digests of the model's files with those that were written; false reads huge files once less."""
     use_cpu: bool = False
     """Runs on the CPU although there is a GPU."""
 

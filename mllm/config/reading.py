@@ -22,6 +22,8 @@ from mllm.config.nearest import nearest
 
 Config = TypeVar("Config")
 KINDS, TEXT, TAG = "kinds", "text", "kind"
+MAX_SHOWN = 200
+"""How many characters of a text that cannot be read a message repeats."""
 
 
 class ConfigError(ValueError):
@@ -344,7 +346,13 @@ def parse_yaml(text: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise ValueError(f"{text!r} is not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{_some(text)} is not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ValueError(f"{_some(text)} is nested too deeply to be read as YAML") from error
+
+
+def _some(text: str) -> str:
+    return repr(text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}...")
 
 
 def plain(config: Any) -> Any:

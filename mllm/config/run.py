@@ -246,9 +246,14 @@ class TrainConfig:
     log_every: int = 10
     """Writes a row of the log every so many steps."""
     save_every: int | None = None
-    """Writes a checkpoint every so many steps; one at the end only when left out."""
+    """Writes a checkpoint every so many steps; as save_minutes says, and at the end, when left out."""
+    save_minutes: float | None = 10.0
+    """Writes a checkpoint as well when the last one is so many minutes old, so that a crash loses no more; null never
+    does."""
     keep_checkpoints: int = 2
     """Keeps so many of the newest checkpoints."""
+    watchdog_minutes: float | None = 10.0
+    """Ends a run in which nothing moves for so many minutes, with what every process was doing; null waits for ever."""
     validate_every: int | None = None
     """Validates every so many steps; at the end only when left out, and never without data.validation."""
     answered_samples: int = 0
@@ -314,6 +319,9 @@ class TrainConfig:
         check_at_least(self, ("answer_tokens", "early_stopping", "overfit_batches"), prefix="train.")
         check_at_least(self, ("answered_samples",), 0, prefix="train.")
         check_at_least(self, ("warmup_steps", "weight_decay", "max_grad_norm", "sink_weight"), 0, prefix="train.")
+        for key, minutes in (("save_minutes", self.save_minutes), ("watchdog_minutes", self.watchdog_minutes)):
+            if minutes is not None and not minutes > 0:
+                raise ValueError(f"train.{key} is {minutes}; it must be above 0, or null")
         for task, weight in self.task_weights.items():
             if weight <= 0:
                 raise ValueError(f"train.task_weights.{task} is {weight}; it must be above 0")

@@ -52,6 +52,7 @@ from mllm.encoders import backbone_class
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.trainables import set_trainables
 from mllm.processing.processor import ElasticProcessor
+from mllm.utils.files import new_folder
 
 PAD_TOKEN = "<pad>"
 SPANS = {"audio": ["<audio>", "</audio>"], "video": ["<video>", "</video>"]}
@@ -95,12 +96,10 @@ def convert_file(path: str | Path, out: str | Path, *, system: str, options: Opt
         FileNotFoundError: no such file.
         ValueError: a file that does not hold such a checkpoint, options that contradict it, or a folder in use.
     """
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"out={folder} is in use; name a new or an empty folder")
-    parts = read_parts(split_state(read_state(path)), SYSTEMS[system], options)
-    write_parts(parts, folder)
-    write_run(parts, folder, options)
+    with new_folder(out) as folder:
+        parts = read_parts(split_state(read_state(path)), SYSTEMS[system], options)
+        write_parts(parts, folder)
+        write_run(parts, folder, options)
     return parts.facts
 
 

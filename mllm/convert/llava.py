@@ -40,6 +40,7 @@ from mllm.encoders import backbone_class, encoder_facts
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.trainables import set_trainables
 from mllm.transforms.image_processors import read_image_processor
+from mllm.utils.files import new_folder
 
 FIRST_STAGES = ("query_abstractor.bin", "mm_projector.bin")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
@@ -80,13 +81,12 @@ def convert(path: str | Path, out: str | Path, *, system: str, options: Options)
         FileNotFoundError: no such file or folder.
         ValueError: weights that are none of such a checkpoint, options that contradict them, or a folder in use.
     """
-    path, folder = Path(path), Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"out={folder} is in use; name a new or an empty folder")
-    split = split_state(read_weights(path, (*WHOLE_MODELS, *FIRST_STAGES)))
-    parts = read_parts(split, path if path.is_dir() else None, SYSTEMS[system], options)
-    write_parts(parts, folder)
-    write_run(parts, folder)
+    path = Path(path)
+    with new_folder(out) as folder:
+        split = split_state(read_weights(path, (*WHOLE_MODELS, *FIRST_STAGES)))
+        parts = read_parts(split, path if path.is_dir() else None, SYSTEMS[system], options)
+        write_parts(parts, folder)
+        write_run(parts, folder)
     return parts.facts
 
 

@@ -6,27 +6,33 @@ be made from. So a file that says `os.system("...")` yields an object called "os
 Tensors are read from the file when they are asked for; the optimizer's state, most of a checkpoint, never is.
 
 A small file can also ask for more memory or time than there is: bytes of a length it does not hold, tensors of more
-numbers than their storage, containers that hold each other over and over. Each is refused before it is made.
+numbers than their storage, containers that hold each other over and over, more of them than anybody saves. Each is
+refused before it is made. Numbers that a disk or a network changed are refused by the check sums that an archive has of
+them; the old format has none.
 
 Knows both formats of `torch.save`: the zip archive, and the stream that came before it (PyTorch 1.5 and older).
 Does not know what a checkpoint is for.
 """
 
+import errno
 import io
 import math
 import pickle
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 MAX_PROGRAM_BYTES = 32 * 2**20
 """Of a pickle: what is in a file beside the numbers of its tensors."""
+MAX_STEPS = 1_000_000
+"""Of a pickle, each of which makes one value at most; those of thousands of tensors take some hundred thousand."""
 MAX_VALUES = 50_000
 """Of a configuration, each counted as often as it is reached."""
 MAX_AXES = 64
@@ -91,6 +97,15 @@ class _Storage:
 
 
 @dataclass(frozen=True)
+class Extent:
+    """Says where the bytes of a storage lie in its file, and their CRC-32 where the file has one."""
+
+    start: int
+    num_bytes: int
+    check_sum: int | None = None
+
+
+@dataclass(frozen=True)
 class StoredTensor:
     """A tensor that is still in its file."""
 
@@ -98,7 +113,7 @@ class StoredTensor:
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    extents: Mapping[str, tuple[int, int]]
+    extents: Mapping[str, Extent]
 
     def check(self) -> None:
         """Look whether its storage holds the tensor.
@@ -119,20 +134,25 @@ class StoredTensor:
         """Read the tensor.
 
         Raises:
-            ValueError: it reaches beyond what the file holds.
+            ValueError: it reaches beyond what the file holds, or its numbers are not those that were saved.
         """
         self.check()
         storage = self.storage
-        start, num_bytes = self.extents.get(storage.name, (0, 0))
-        if num_bytes != storage.num_bytes:
+        extent = self.extents.get(storage.name, Extent(0, 0))
+        if extent.num_bytes != storage.num_bytes:
             raise ValueError(
-                f"{storage.path}: {num_bytes} bytes for {storage.name}, which should have {storage.num_bytes}"
+                f"{storage.path}: {extent.num_bytes} bytes for {storage.name}, which should have {storage.num_bytes}"
             )
-        with storage.path.open("rb") as file:
-            file.seek(start)
-            raw = bytearray(file.read(num_bytes))
-        if len(raw) != num_bytes:
+        if extent.start + extent.num_bytes > storage.path.stat().st_size:  # room for what is not there is never made
             raise ValueError(f"{storage.path} ends before the numbers of {storage.name} do")
+        with storage.path.open("rb") as file:
+            file.seek(extent.start)
+            raw = bytearray(file.read(extent.num_bytes))
+        if extent.check_sum is not None and zlib.crc32(raw) != extent.check_sum:
+            raise ValueError(
+                f"{storage.path} is damaged: the numbers of {storage.name} are not those that were saved (their CRC-32 "
+                "differs)"
+            )
         flat = torch.frombuffer(raw, dtype=storage.dtype) if raw else torch.zeros(0, dtype=storage.dtype)
         return flat.as_strided(self.shape, self.stride, self.offset).clone()
 
@@ -161,8 +181,19 @@ def read_checkpoint(path: str | Path) -> Any:
     path = Path(path)
     try:
         return _read_archive(path) if zipfile.is_zipfile(path) else _read_stream(path)
-    except (pickle.UnpicklingError, struct.error, TypeError, LookupError) as error:
+    except _BROKEN as error:
         raise ValueError(f"{path} is no checkpoint of torch.save, or is cut: {error}") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a place before the beginning of the file
+            raise
+        raise ValueError(f"{path} is no checkpoint of torch.save, or is cut: {error}") from error
+
+
+_BROKEN = (
+    *(pickle.UnpicklingError, struct.error, zlib.error, zipfile.BadZipFile, EOFError),
+    *(TypeError, LookupError, OverflowError, RuntimeError, MemoryError, UnicodeDecodeError),
+)
+"""What reading a damaged file raises; deep nesting and unknown methods of compression are kinds of RuntimeError."""
 
 
 def plain(value: Any) -> Any:
@@ -198,7 +229,7 @@ class _Tensor:
     """Takes the place of the functions that rebuild tensors. Without slots nothing can be set on it."""
 
     __slots__ = ()
-    extents: Mapping[str, tuple[int, int]]
+    extents: Mapping[str, Extent]
 
     def __call__(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
         if not all(isinstance(axes, tuple | list) and len(axes) <= MAX_AXES for axes in (shape, stride)):
@@ -269,8 +300,9 @@ class _Reader(pickle._Unpickler):
 
     dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
 
-    def __init__(self, file: BinaryIO, path: Path, extents: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(self, file: BinaryIO, path: Path, extents: Mapping[str, Extent]) -> None:
         self._file, self._start = file, file.tell()
+        self.steps_left = MAX_STEPS
         self._program = _Program(file)
         super().__init__(self._program, encoding="utf-8")
         self.path = path
@@ -333,10 +365,23 @@ def _with_keys_checked(load: Any, step: int) -> Any:
     return checked
 
 
+def _counted(load: Any) -> Any:
+    """Return what an opcode does behind a count of all that were done."""
+
+    def counted(reader: Any) -> None:
+        reader.steps_left -= 1
+        if reader.steps_left < 0:
+            raise pickle.UnpicklingError(f"a pickle of more than {MAX_STEPS:,} steps")
+        load(reader)
+
+    return counted
+
+
 _TAKING_KEYS = {pickle.SETITEM: 0, pickle.SETITEMS: 2, pickle.DICT: 2, pickle.ADDITEMS: 1, pickle.FROZENSET: 1}
 _Reader.dispatch |= {
     opcode[0]: _with_keys_checked(_Reader.dispatch[opcode[0]], step) for opcode, step in _TAKING_KEYS.items()
 }
+_Reader.dispatch = {opcode: _counted(load) for opcode, load in _Reader.dispatch.items()}
 
 
 def _read_archive(path: Path) -> Any:
@@ -347,26 +392,38 @@ def _read_archive(path: Path) -> Any:
         if len(pickles) != 1:
             raise ValueError(f"{path} is a zip archive, but none of torch.save: it holds {len(pickles)} data.pkl")
         root = pickles[0].removesuffix("data.pkl")
-        extents = {}
-        for name, info in entries.items():
-            if name.startswith(f"{root}data/") and info.compress_type == zipfile.ZIP_STORED:
-                extents[name.removeprefix(f"{root}data/")] = (_start_of(path, info), info.file_size)
-        with archive.open(pickles[0]) as file:
-            return _Reader(io.BytesIO(file.read(MAX_PROGRAM_BYTES)), path, extents).load()
+        # torch.serialization.set_crc32_options(False) leaves 0 in all of them.
+        has_check_sums = any(info.CRC for info in entries.values())
+        program = entries[pickles[0]]
+        if not has_check_sums:
+            program.CRC = cast(Any, None)  # so that it is not compared
+        extents: dict[str, Extent] = {}
+        with archive.open(program) as file:
+            reader = _Reader(io.BytesIO(file.read(MAX_PROGRAM_BYTES)), path, extents)
+            content = reader.load()
+    for name in reader.num_bytes:
+        info = entries.get(f"{root}data/{name}")
+        if info is not None and info.compress_type == zipfile.ZIP_STORED:
+            check_sum = info.CRC if has_check_sums else None
+            extents[name] = Extent(_start_of(path, info), info.file_size, check_sum)
+    return content
 
 
 def _start_of(path: Path, info: zipfile.ZipInfo) -> int:
     """Find where the bytes of an entry begin: behind its own header, whose last parts have lengths of their own."""
     with path.open("rb") as file:
-        file.seek(info.header_offset + 26)
-        name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
+        file.seek(info.header_offset)
+        header = file.read(30)
+    if header[:4] != b"PK\3\4":
+        raise zipfile.BadZipFile(f"there is no {info.filename} where it should begin")
+    name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
     return info.header_offset + 30 + name_bytes + extra_bytes
 
 
 def _read_stream(path: Path) -> Any:
     """Read the old format: magic number, version, facts, the object, the names of the storages, and their bytes in
     turn."""
-    extents: dict[str, tuple[int, int]] = {}
+    extents: dict[str, Extent] = {}
     with path.open("rb") as file:
         magic, _, _ = (_Reader(file, path, {}).load() for _ in range(3))
         if magic != _LEGACY_MAGIC:
@@ -379,6 +436,6 @@ def _read_stream(path: Path) -> Any:
             start, size = file.tell(), reader.num_bytes[name]
             if start + size > end:
                 raise ValueError(f"{path} ends before the numbers of {name} do")
-            extents[name] = (start, size)
+            extents[name] = Extent(start, size)
             file.seek(size, 1)
         return content

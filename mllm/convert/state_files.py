@@ -65,7 +65,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON file: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object")
@@ -98,15 +98,28 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
             raise ValueError(
                 f"{path} holds {_kind(entry)} at {name!r} where a tensor is expected; nothing of it was run"
             )
-    return read_tensors(content)
+    return _all_numbers(path, read_tensors(content))
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or is cut: {error}") from error
+    return _all_numbers(path, state)
+
+
+def _all_numbers(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Refuse weights that hold what is no number, which nothing trained leaves and every answer would become.
+
+    Raises:
+        ValueError: the first such tensor.
+    """
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and tensor.isnan().any():
+            raise ValueError(f"{path} is damaged, or its training was: {name} holds what is no number (NaN)")
+    return state
 
 
 def _kind(value: Any) -> str:

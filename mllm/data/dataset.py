@@ -16,6 +16,8 @@ from mllm.data.batching import SampleKey
 from mllm.data.manifest import Sample
 from mllm.data.shared_media import merge_media, split_media
 from mllm.data.skipped import SkipLog, SkippedSample
+from mllm.utils.activity import note_activity
+from mllm.utils.fail_points import fail_point
 from mllm.utils.random_generator import random_generator
 
 MAX_SUBSTITUTES = 8
@@ -97,6 +99,8 @@ class ManifestDataset(Dataset[Item | SkippedSample]):
         """Load the items of one group and epoch."""
         epoch, first = keys[0]
         samples = [self.samples[key.index] for key in keys]
+        note_activity("loading media", [sample.id for sample in samples])
+        fail_point("decode")
         name = self.samples[first if self._first is None else self._first[first]].id
         try:
             loaded = self.load_in(samples, epoch, name)
@@ -177,6 +181,7 @@ class Collator(Generic[Encoded]):
         return batch
 
     def _encode(self, items: Sequence[Item]) -> Encoded:
+        fail_point("collate")
         return self.encode([item.sample for item in items], [item.media for item in items])
 
     def _refused(self, items: Sequence[Item]) -> list[SkippedSample]:

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from mllm.media import MediaError
+from mllm.utils.files import writing
 
 logger = logging.getLogger(__name__)
 
@@ -122,8 +123,9 @@ class SkipLog:
         ]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # One write in append mode, so that lines of several workers do not mix.
-        with open(self.path, "ab", buffering=0) as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        with writing(self.path, len(content)), open(self.path, "ab", buffering=0) as file:
+            file.write(content)
 
     def _check(self, last: SkippedSample) -> None:
         seen, bad = self.num_seen, self.num_bad

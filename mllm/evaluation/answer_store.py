@@ -8,14 +8,14 @@ Knows lines, ranks and a fingerprint. Does not know models, metrics or media.
 """
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mllm.evaluation.media_stamps import NO_MEDIA
-from mllm.utils.files import cut_half_line, write_text_whole
+from mllm.utils.fail_points import fail_point
+from mllm.utils.files import append_text, cut_half_line, write_text_whole
 
 FINGERPRINT = "fingerprint.json"
 HYPOTHESES = "hypotheses.jsonl"
@@ -73,10 +73,10 @@ class AnswerStore:
 
     def append(self, lines: Iterable[Line]) -> None:
         """Appends lines, and waits until they are on the disk."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        fail_point("evaluate.answered")
+        append_text(self.path, text, flush=True)
+        fail_point("evaluate.kept")
 
     def read(self) -> dict[Key, Line]:
         """Reads the lines of all ranks by key; an answer beats a failure, and a later failure an earlier one.

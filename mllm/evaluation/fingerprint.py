@@ -36,6 +36,7 @@ NEVER_IN_ANSWERS = {
     "batch_size": "says how many are answered together; each as it would be alone, but for rounding",
     "max_rows": "says how many are answered together; each as it would be alone, but for rounding",
     "use_cpu": "says where the same sums are done",
+    "verify": "says whether the files are compared with what was written, not what they hold",
 }
 """Settings that no answer depends on, and why."""
 

@@ -27,6 +27,7 @@ from mllm.lip_crops.faces import check_installed
 from mllm.lip_crops.sheet import draw_sheet
 from mllm.media import path_problem
 from mllm.media.containers import VIDEO_SUFFIXES
+from mllm.utils.fail_points import fail_point
 from mllm.utils.files import write_text_whole
 from mllm.utils.progress import Progress
 
@@ -76,6 +77,7 @@ def prepare(settings: LipCropsConfig, *, progress: Progress | None = None) -> Pr
     _write_report(out / REPORT, list(rows.values()))  # an interrupted run may have left half a line
     with open(out / REPORT, "a", encoding="utf-8") as report:
         for number, (job, row) in enumerate(_work(waiting, settings.workers, out / LOG), start=1):
+            fail_point("prepare.clip")
             rows[job.id] = row | _stamp(job)
             report.write(json.dumps(rows[job.id], ensure_ascii=False) + "\n")
             report.flush()

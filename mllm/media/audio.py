@@ -158,13 +158,20 @@ def _check_count(name: str, samples: int, rate_hz: int, limits: MediaLimits) -> 
 def _collect(
     name: str, blocks: Iterator[np.ndarray], rate_hz: int, limits: MediaLimits, deadline: Deadline
 ) -> np.ndarray:
-    """Join mono blocks, counting: a header may state less than the file holds."""
-    parts, count = [], 0
+    """Join mono blocks, counting: a header may state less than the file holds.
+
+    They go to one array that grows, since blocks and what they are joined to would be there twice.
+    """
+    samples, count = np.empty(BLOCK_FRAMES, np.float32), 0
     for block in guarded(name, blocks):
         deadline.check()
-        count += len(block)
-        _check_count(name, count, rate_hz, limits)
-        parts.append(block)
+        _check_count(name, count + len(block), rate_hz, limits)
+        if (needed := count + len(block)) > len(samples):
+            # The system moves pages of large arrays instead of copying them, and gives memory once it is written to.
+            samples.resize(max(needed, 2 * len(samples)), refcheck=False)
+        samples[count:needed] = block
+        count = needed
     if not count:
         raise MediaError("empty", name, "the file holds no audio samples")
-    return np.concatenate(parts).astype(np.float32, copy=False)
+    samples.resize(count, refcheck=False)
+    return samples

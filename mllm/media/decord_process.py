@@ -23,8 +23,8 @@ import numpy as np
 
 from mllm.media.errors import MediaError
 
-CHUNK_FRAMES = 32
-"""Frames that decord decodes in one call."""
+CHUNK_FRAMES, CHUNK_BYTES = 32, 64 * 2**20
+"""Frames that decord decodes in one call at most, and their bytes; it holds them all before it hands out one."""
 _LENGTH_BYTES = 8
 _child: tuple[int, subprocess.Popen[bytes]] | None = None
 
@@ -141,8 +141,9 @@ def serve(source: BinaryIO, target: BinaryIO) -> None:
             continue
         facts = {"frames": count, "height": height, "width": width, "channels": channels}
         target.write(json.dumps(facts).encode() + b"\n")
-        for start in range(0, count, CHUNK_FRAMES):
-            target.write(reader.get_batch(range(start, min(start + CHUNK_FRAMES, count))).asnumpy().tobytes())
+        chunk = max(1, min(CHUNK_FRAMES, CHUNK_BYTES // (height * width * channels)))
+        for start in range(0, count, chunk):
+            target.write(reader.get_batch(range(start, min(start + chunk, count))).asnumpy().tobytes())
         target.flush()
 
 

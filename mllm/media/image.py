@@ -19,6 +19,7 @@ from mllm.media.png import without_notes
 
 _PILLOW = {name: name.upper() for name in ("jpeg", "png", "webp", "bmp", "gif", "tiff", "avif")}
 FORMATS = (*_PILLOW.values(), "HEIC")
+_BAND_PIXELS = 2**20
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I;16B")
 """Pixel layouts that are read. The 32-bit ones have no agreed white, so they are refused."""
 
@@ -124,8 +125,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
         # White, as browsers show it; dropping the alpha instead would bring out colours that nobody sees.
-        layer = image.convert("RGBA")
-        page = Image.new("RGB", layer.size, "white")
-        page.paste(layer, mask=layer.getchannel("A"))
+        page = Image.new("RGB", image.size, "white")
+        rows = max(1, _BAND_PIXELS // max(image.width, 1))
+        for top in range(0, image.height, rows):  # in bands, or there would be four copies of a large image at once
+            layer = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+            page.paste(layer, (0, top), mask=layer.getchannel("A"))
         return page
-    return image.convert("RGB")
+    # Without the copy that `convert` makes where nothing is to be converted.
+    return image._new(image.im) if image.mode == "RGB" else image.convert("RGB")

@@ -136,7 +136,7 @@ class ChatEncoder:
         self.names_images = names_images
         self.tokenizer = tokenizer
         self.going_on = without_prefix(tokenizer)
-        self._plain = PlainText(tokenizer, self.going_on)
+        self._plain = PlainText(tokenizer, self.going_on, reserved_ids=set(placeholder_ids.values()))
         self.chat_format = chat_format
         self.template = TEMPLATES.get(chat_format)
         self.placeholder_ids = dict(placeholder_ids)

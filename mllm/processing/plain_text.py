@@ -10,7 +10,7 @@ needs no knowledge of what kind of model a tokenizer is.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -39,8 +39,8 @@ class Reserved:
     spelled: Mapping[int, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, tokenizer: Any) -> "Reserved":
-        """Find them in a fast tokenizer.
+    def of(cls, tokenizer: Any, ids: Collection[int] = ()) -> "Reserved":
+        """Find them in a fast tokenizer, and add some that it takes for plain tokens.
 
         A special token of one character, such as "!" that somebody took for padding, is a letter like others: there is
         no other way to read it.
@@ -49,8 +49,8 @@ class Reserved:
         spelled = {token_id: text for text, token_id in tokenizer.get_vocab().items() if _BYTE_PIECE.fullmatch(text)}
         if tokenizer.unk_token_id is not None:
             spelled[tokenizer.unk_token_id] = tokenizer.unk_token
-        ids = frozenset(token_id for token_id, text in special.items() if len(text) > 1)
-        return cls(ids - spelled.keys(), spelled)
+        reserved = {*ids, *(token_id for token_id, text in special.items() if len(text) > 1)}
+        return cls(frozenset(reserved - spelled.keys()), spelled)
 
     def cuts(self, text: str, encoding: Any) -> list[int]:
         """Find the places inside the tokens that were typed, in order; at least one character lies before each."""
@@ -70,11 +70,13 @@ class PlainText:
     Args:
         tokenizer: a fast tokenizer, for text that begins.
         going_on: the same for text that goes on after other text, without the space that some put first.
+        reserved_ids: what text must not become although the tokenizer says nothing of it, as of placeholders that a
+            checkpoint holds as plain added tokens.
     """
 
-    def __init__(self, tokenizer: Any, going_on: Any) -> None:
+    def __init__(self, tokenizer: Any, going_on: Any, *, reserved_ids: Collection[int] = ()) -> None:
         self._tokenizers = {False: tokenizer, True: going_on}
-        self.reserved = Reserved.of(tokenizer)
+        self.reserved = Reserved.of(tokenizer, reserved_ids)
         self._suspects = self.reserved.ids | self.reserved.spelled.keys()
 
     def __call__(self, texts: Sequence[str], *, continues: bool) -> list[list[int]]:

@@ -37,6 +37,8 @@ class ElasticArguments(TrainingArguments):
     host_answer_tokens: int | None = None
     answered_samples: int = 0
     selection: Selection | None = None
+    save_minutes: float | None = None
+    watchdog_minutes: float | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -98,6 +100,8 @@ def build_arguments(config: RunConfig, *, on_cpu: bool) -> ElasticArguments:
         host_answer_tokens=config.data.host_answer_tokens,
         answered_samples=train.answered_samples,
         selection=selection_of(train),
+        save_minutes=train.save_minutes,
+        watchdog_minutes=train.watchdog_minutes,
     )
 
 

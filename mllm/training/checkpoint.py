@@ -24,9 +24,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mllm.checkpoints.load import TRAINABLES, save_trainables
-from mllm.checkpoints.tensor_files import write_tensors
+from mllm.checkpoints.tensor_files import num_bytes_of, write_tensors
 from mllm.config.run import differences
 from mllm.training.run_folder import Checkpoint, delete_old, newest_checkpoint, read_checkpoint, write_checkpoint
+from mllm.utils.json_text import json_text
 from mllm.utils.run_paths import CONFIG, NEWEST, list_checkpoints
 
 OPTIMIZER = "optimizer.safetensors"
@@ -36,9 +37,10 @@ TRAINER_STATE = "trainer_state.json"  # the name transformers looks for
 # What may change between a run and its continuation: nothing that decides what a step learns from, or how.
 _FREE = {
     "train": {
-        *("out", "max_steps", "epochs", "log_every", "save_every", "keep_checkpoints", "validate_every"),
         *("tensorboard", "report_to", "progress", "use_cpu", "deepspeed", "gradient_checkpointing"),
         *("answered_samples", "answer_tokens", "best_metric", "best_is", "early_stopping"),
+        *("out", "max_steps", "epochs", "log_every", "save_every", "save_minutes", "keep_checkpoints"),
+        *("validate_every", "watchdog_minutes"),
         "loss_kernel",  # the same loss and gradients up to rounding
         "accumulation",  # checked together with the number of processes
     },
@@ -70,17 +72,18 @@ def save_checkpoint(run: Path, step: int, state: TrainingState, *, facts: dict[s
 
     Raises:
         ValueError: an empty tensor, by name.
-        OSError: see `run_folder.write_checkpoint`; older checkpoints are untouched.
+        WriteError: see `run_folder.write_checkpoint`; older checkpoints are untouched.
     """
 
     def write(folder: Path) -> None:
         save_trainables(state.trainables, folder / TRAINABLES)
         write_tensors(state.moments, folder / OPTIMIZER)
-        (folder / TRAINING).write_text(json.dumps(state.plain, indent=1), encoding="utf-8")
+        (folder / TRAINING).write_text(json_text(state.plain, indent=1), encoding="utf-8")
         (folder / TRAINER_STATE).write_text(state.trainer_state, encoding="utf-8")
         (folder / CONFIG).write_text(state.config, encoding="utf-8")
 
-    folder = write_checkpoint(run, step, write, facts)
+    num_bytes = num_bytes_of([*state.trainables.values(), *state.moments.values()])
+    folder = write_checkpoint(run, step, write, facts, num_bytes=num_bytes)
     delete_old(run, keep)
     return folder
 

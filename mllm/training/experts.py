@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mllm.adapters.adapter_inputs import TOKEN_KINDS
 from mllm.utils.distributed import gather_json
+from mllm.utils.files import append_text
 
 COUNTS = "experts.jsonl"
 PLOT = "experts.png"
@@ -54,8 +55,7 @@ class ExpertUsage:
         self.counts = {}
         if accelerator.is_main_process:
             row = {"step": step, "counts": {name: counts.tolist() for name, counts in sorted(total.items())}}
-            with (run / COUNTS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_text(run / COUNTS, json.dumps(row) + "\n")
 
 
 def read_counts(path: Path) -> dict[str, np.ndarray]:

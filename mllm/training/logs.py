@@ -18,6 +18,8 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from mllm.training.step import TrainingBatch
 from mllm.training.throughput import bottleneck
 from mllm.utils.distributed import gather_json
+from mllm.utils.files import append_text, write_text_whole
+from mllm.utils.json_text import json_text
 from mllm.utils.run_paths import LOG
 
 logger = logging.getLogger(__name__)
@@ -124,8 +126,7 @@ class RunLog(TrainerCallback):
             self.reported_step = state.global_step
         if "eval_loss" in logs:
             logger.info("%s", validation_line(state.global_step, logs))
-        with (self.run / LOG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        append_text(self.run / LOG, json_text({"step": state.global_step, **logs}) + "\n")
         if self.writer is not None:
             for name, value in logs.items():
                 self.writer.add_scalar(name, value, state.global_step)
@@ -194,7 +195,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     rows = [line for line in path.read_text(encoding="utf-8").splitlines() if 0 <= _step_of(line) <= step]
-    path.write_text("".join(f"{line}\n" for line in rows), encoding="utf-8")
+    write_text_whole(path, "".join(f"{line}\n" for line in rows))
 
 
 def _step_of(line: str) -> int:

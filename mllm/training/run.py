@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from mllm.budget import Budget
 from mllm.checkpoints.auto_classes import register
 from mllm.checkpoints.build import build, resolved
-from mllm.checkpoints.load import load_trainables, save_run
+from mllm.checkpoints.load import load_trainables, save_processor, save_run
 from mllm.checkpoints.sources import find_parts, identities, resolve_source, seen_from
 from mllm.config.model import ModelConfig
 from mllm.config.run import DataConfig, RunConfig, config_yaml, read_run_config
@@ -42,7 +42,7 @@ from mllm.training.feature_cache.features import FeatureDataset, pass_features_t
 from mllm.training.feature_cache.store import FeatureStore
 from mllm.training.initialization.projector_fit import fit_projectors
 from mllm.training.initialization.start_from import start_from
-from mllm.training.interruption import StopOnRequest, stopping_on_interrupt
+from mllm.training.interruption import RunInterrupted, StopRequest, stopping_on_signals
 from mllm.training.memory import tell_memory
 from mllm.training.pipeline.batches import RankSlots
 from mllm.training.pipeline.dataset import TrainingData, build_sampler, extreme_budgets, load_dataset
@@ -50,7 +50,9 @@ from mllm.training.pipeline.loaders import encode, loading, train_loader, valida
 from mllm.training.run_folder import Checkpoint, remove_leftovers, run_lock
 from mllm.training.throughput import Stopwatch
 from mllm.training.trainer import ElasticTrainer, Metric, Validation
+from mllm.training.watchdog import remove_reports, watched
 from mllm.utils.distributed import check_process_count, prepare_launch
+from mllm.utils.files import write_text_whole
 from mllm.utils.registry import load_plugins
 from mllm.utils.run_paths import CONFIG, RUN_CONFIG, run_of
 
@@ -96,7 +98,7 @@ def train(
     Raises:
         ValueError: what a user can cause; the message names the key.
         FloatingPointError: the loss or the gradient is no longer a number.
-        KeyboardInterrupt: the user interrupted it; see `interruption.py`.
+        RunInterrupted: a signal ended it, behind a saved step; a KeyboardInterrupt, see `interruption.py`.
     """
     register()
     config = read_config(config)
@@ -106,33 +108,46 @@ def train(
         raise ValueError(
             "train.answered_samples needs what scores answers: start the run by mllm.train or `mllm train`"
         )
-    arguments = launch(config)  # before the model: ZeRO-3 shards weights while they load
-    with _locked(arguments.run):
-        start = _checkpoint_to_start_from(arguments.run, resume)
-        model_config = _with_parts_located(config.model, start, sources or {})
-        # What is compared with a checkpoint and written to settings.yaml has a value for every key.
-        config = dataclasses.replace(config, model=resolved(model_config).with_sources(config.model.sources))
-        located = dataclasses.replace(config, model=model_config)
-        data = load_dataset(located, fits_captions=start is None)
-        model, processor = build_model(located)
-        model.config.sources = _sources_of(config.model, model.config.sources or {}, arguments.run)
-        if not is_sharded(model):
-            tell_memory(model, arguments.device)
-        if start is not None:
-            check_continues(start.facts, {**_facts(config, model), "processes": arguments.world_size})
-        if arguments.should_save:
-            (arguments.run / RUN_CONFIG).write_text(config_yaml(config), encoding="utf-8")
-            processor.save_pretrained(arguments.run)  # now: the checkpoints of a run that dies can be used with it
-        if config.train.start_from is not None and start is None:
-            start_from(model, config.train.start_from)
-        trainer = build_trainer(config, model, processor, data, arguments=arguments, metric=metric)
-        if start is not None and start.step >= arguments.max_steps:
-            logger.info("%s is the last step already; nothing is trained", start.folder)
-            load_trainables(model, start.folder / TRAINABLES, trainable_names(model))
-        else:
-            _fit(trainer, start)
-        save(trainer)
+    with stopping_on_signals(request := StopRequest()):
+        arguments = launch(config)  # before the model: ZeRO-3 shards weights while they load
+        with _locked(arguments.run):
+            start = _checkpoint_to_start_from(arguments.run, resume)
+            trainer = _prepare(config, arguments, start, sources=sources or {}, metric=metric)
+            if start is not None and start.step >= arguments.max_steps:
+                logger.info("%s is the last step already; nothing is trained", start.folder)
+                load_trainables(trainer.elastic, start.folder / TRAINABLES, trainable_names(trainer.elastic))
+            else:
+                _fit(trainer, start, request)
+            save(trainer)
     return arguments.run
+
+
+def _prepare(
+    config: RunConfig,
+    arguments: ElasticArguments,
+    start: Checkpoint | None,
+    *,
+    sources: Mapping[str, str],
+    metric: Metric | None,
+) -> ElasticTrainer:
+    """Load the data and build the model and the trainer of a run, and write what its checkpoints need to be used."""
+    model_config = _with_parts_located(config.model, start, sources)
+    # What is compared with a checkpoint and written to settings.yaml has a value for every key.
+    config = dataclasses.replace(config, model=resolved(model_config).with_sources(config.model.sources))
+    located = dataclasses.replace(config, model=model_config)
+    data = load_dataset(located, fits_captions=start is None)
+    model, processor = build_model(located)
+    model.config.sources = _sources_of(config.model, model.config.sources or {}, arguments.run)
+    if not is_sharded(model):
+        tell_memory(model, arguments.device)
+    if start is not None:
+        check_continues(start.facts, {**_facts(config, model), "processes": arguments.world_size})
+    if arguments.should_save:
+        write_text_whole(arguments.run / RUN_CONFIG, config_yaml(config))
+        save_processor(processor, arguments.run)  # now: the checkpoints of a run that dies can be used with it
+    if config.train.start_from is not None and start is None:
+        start_from(model, config.train.start_from)
+    return build_trainer(config, model, processor, data, arguments=arguments, metric=metric)
 
 
 def launch(config: RunConfig) -> ElasticArguments:
@@ -170,18 +185,19 @@ def save(trainer: ElasticTrainer) -> None:
     PartialState().wait_for_everyone()
 
 
-def _fit(trainer: ElasticTrainer, start: Checkpoint | None) -> None:
-    """Train to the last step.
+def _fit(trainer: ElasticTrainer, start: Checkpoint | None, request: StopRequest) -> None:
+    """Train to the last step, watched.
 
     Raises:
-        KeyboardInterrupt: it was interrupted before that; with one process, there is a checkpoint of the step.
+        RunInterrupted: a signal ended it before that; there is a checkpoint of the step.
     """
-    stop = StopOnRequest()
-    trainer.add_callback(stop)
-    with stopping_on_interrupt(stop, num_processes=trainer.args.world_size):
+    trainer.stop.request, args = request, trainer.args
+    request.is_training = True
+    with watched(args.run, rank=args.process_index, minutes=args.watchdog_minutes):
         trainer.train(resume_from_checkpoint=None if start is None else str(start.folder))
-    if stop.is_requested and trainer.state.global_step < trainer.args.max_steps:
-        raise KeyboardInterrupt
+    request.is_training = False
+    if request.agreed_number and trainer.state.global_step < args.max_steps:
+        raise RunInterrupted(request.agreed_number, is_agreed=True)
 
 
 def build_trainer(
@@ -374,6 +390,7 @@ def _locked(run: Path) -> Iterator[None]:
         return
     with run_lock(run):
         remove_leftovers(run)
+        remove_reports(run)
         yield
 
 

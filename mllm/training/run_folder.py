@@ -8,7 +8,6 @@ the newest complete checkpoint is whole. Digests catch what reads back without a
 """
 
 import contextlib
-import json
 import logging
 import os
 import re
@@ -20,19 +19,32 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mllm.utils.files import aside_of, digest_of_file, flush_to_disk
-from mllm.utils.run_paths import CHECKPOINT_NAME, checkpoint_path, list_checkpoints
+from mllm.utils.fail_points import fail_point
+from mllm.utils.files import aside_of, flush_to_disk, writing
+from mllm.utils.run_paths import CHECKPOINT_NAME, MODEL_ASIDE, checkpoint_path, list_checkpoints
+from mllm.utils.sealing import check_files, files_below, read_manifest, seal_folder
 
 try:
     import fcntl
 except ImportError:  # not a POSIX system
     fcntl = None
 
-MANIFEST = "manifest.json"
 LOCK = "run.lock"
 _ASIDE = re.compile(r"\.(checkpoint-\d{8,})\.(writing|deleting)")
 
 logger = logging.getLogger(__name__)
+_held_locks: set[int] = set()
+"""Descriptors of the locks this process holds; a lock goes with the last copy of its descriptor, and forks copy it."""
+
+
+def _let_go_of_locks() -> None:
+    """Close this forked process's copies of the locks, which its parent still holds."""
+    while _held_locks:
+        os.close(_held_locks.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_of_locks)
 
 
 @dataclass(frozen=True)
@@ -44,36 +56,37 @@ class Checkpoint:
     facts: dict[str, Any]
 
 
-def write_checkpoint(run: Path, step: int, write: Callable[[Path], None], facts: dict[str, Any]) -> Path:
+def write_checkpoint(
+    run: Path, step: int, write: Callable[[Path], None], facts: dict[str, Any], *, num_bytes: int | None = None
+) -> Path:
     """Write one checkpoint so that it is whole or not there.
 
     Args:
         write: puts the files into the folder it is given; no folders inside it.
         facts: plain values kept in the manifest.
+        num_bytes: how many bytes it takes, about; for the message when there are not so many.
 
     Raises:
-        OSError: the disk is full, read-only or gone; what was there before is untouched. The message says how many
-            bytes are free.
+        WriteError: the disk is full, read-only or gone; what was there before is untouched, and nothing is left of what
+            was begun. The message says how many bytes are needed and free.
     """
     final = checkpoint_path(run, step)
     aside = aside_of(final)
     try:
+        with writing(final, num_bytes):
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            write(aside)
+            fail_point("checkpoint.written")
+            seal_folder(aside, files_below(aside), {"step": step, "facts": facts})
+            fail_point("checkpoint.sealed")
+            if final.exists():  # left by a run that was resumed from an older step
+                _delete(final)
+            os.replace(aside, final)
+            fail_point("checkpoint.named")
+            flush_to_disk(run)
+    except Exception:
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        write(aside)
-        files = {file.name: _seal(file) for file in sorted(aside.iterdir())}
-        manifest = {"step": step, "facts": facts, "files": files}
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        flush_to_disk(aside / MANIFEST)
-        flush_to_disk(aside)
-        if final.exists():  # left by a run that was resumed from an older step
-            _delete(final)
-        os.replace(aside, final)
-        flush_to_disk(run)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            error.add_note(f"while writing {final}; {shutil.disk_usage(run).free:,} bytes are free there")
         raise
     return final
 
@@ -87,22 +100,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     match = CHECKPOINT_NAME.fullmatch(folder.name)
     if match is None or not folder.is_dir():
         raise ValueError(f"{folder} is no checkpoint folder; those are called checkpoint-00000000")
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        step, facts, files = manifest["step"], manifest["facts"], manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} is incomplete: {MANIFEST} cannot be read ({error})") from error
-    if step != int(match[1]):
-        raise ValueError(f"{folder} is damaged: {MANIFEST} is that of step {step}")
-    for name, sealed in files.items():
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} is incomplete: {name} is missing")
-        if (now := _size_and_digest(folder / name)) != sealed:
-            raise ValueError(
-                f"{folder} is damaged: {name} has {now['bytes']} bytes and SHA-256 {now['sha256'][:12]}..., "
-                f"written were {sealed['bytes']} and {sealed['sha256'][:12]}..."
-            )
-    return Checkpoint(folder, step, facts)
+    manifest = read_manifest(folder)
+    step = int(match[1])
+    if manifest.get("step") != step:
+        raise ValueError(f"{folder} is damaged: its manifest is that of step {manifest.get('step')}")
+    check_files(folder, manifest["files"])
+    return Checkpoint(folder, step, manifest["facts"])
 
 
 def newest_checkpoint(run: Path) -> Checkpoint | None:
@@ -125,15 +128,22 @@ def remove_leftovers(run: Path) -> None:
     """Remove what a killed process left half written or half deleted."""
     for path in run.glob(".checkpoint-*"):
         if _ASIDE.fullmatch(path.name):
-            logger.warning("removing %s, which a run left when it was killed", path)
-            shutil.rmtree(path)
+            _remove_leftover(path)
+    if (run / MODEL_ASIDE).exists():
+        _remove_leftover(run / MODEL_ASIDE)
+
+
+def _remove_leftover(folder: Path) -> None:
+    logger.warning("removing %s, which a run left when it was killed", folder)
+    shutil.rmtree(folder)
 
 
 @contextlib.contextmanager
 def run_lock(run: Path) -> Iterator[None]:
     """Hold a run folder; two runs in one folder would overwrite each other's checkpoints.
 
-    The lock is the kernel's, so it goes with the process however that ends.
+    The lock is the kernel's, so it goes with the process however that ends: one that was forked meanwhile, such as a
+    worker that outlives a killed run for seconds, does not keep it.
 
     Raises:
         ValueError: another process holds the folder; it is named.
@@ -148,20 +158,15 @@ def run_lock(run: Path) -> Iterator[None]:
             except OSError as error:
                 file.seek(0)
                 raise ValueError(f"{run} is in use by {file.read().strip() or 'another run'}") from error
+            _held_locks.add(file.fileno())
         file.truncate(0)
         started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
         file.write(f"process {os.getpid()} on {socket.gethostname()}, started {started}")
         file.flush()
-        yield
-
-
-def _seal(file: Path) -> dict[str, Any]:
-    flush_to_disk(file)
-    return _size_and_digest(file)
-
-
-def _size_and_digest(file: Path) -> dict[str, Any]:
-    return {"bytes": file.stat().st_size, "sha256": digest_of_file(file)}
+        try:
+            yield
+        finally:
+            _held_locks.discard(file.fileno())
 
 
 def _delete(folder: Path) -> None:
@@ -169,4 +174,5 @@ def _delete(folder: Path) -> None:
     doomed = folder.with_name(f".{folder.name}.deleting")
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(folder, doomed)
+    fail_point("checkpoint.deleting")
     shutil.rmtree(doomed)

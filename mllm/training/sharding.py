@@ -7,6 +7,7 @@ number of processes. DeepSpeed's own checkpoints are pickles and are neither wri
 Every function here is a collective: all processes call it, with the same parameters in the same order.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,6 +50,25 @@ def gather_moments(engine: Any) -> dict[str, Tensor]:
             gathered[join_moment(moment, name)] = value.detach().reshape(_shape(parameter)).cpu().contiguous()
         gathered[join_moment("step", name)] = torch.as_tensor(step, dtype=torch.float32).cpu().clone()
     return gathered
+
+
+def check_sharded_gradients(engine: Any, step: int) -> None:
+    """Refuse a gradient that is not finite, once the engine has stepped, or has skipped the step because of it.
+
+    DeepSpeed itself would skip every such step without a word, and with bfloat16 take the step. With float16 a few
+    skipped steps are how it looks for a scale of the loss, and are left to it.
+
+    Raises:
+        FloatingPointError: on every process alike; the checkpoints are still those before the step.
+    """
+    zero, norm = engine.optimizer, engine.get_global_grad_norm()
+    is_skipped = bool(getattr(zero, "overflow", False))
+    if engine.fp16_enabled() or not (is_skipped or (norm is not None and not 0 <= float(norm) < math.inf)):
+        return
+    raise FloatingPointError(
+        f"the gradient of step {step} is not finite; no checkpoint holds anything of it. Lower train.learning_rate, or "
+        "look at the samples of this step"
+    )
 
 
 def scatter(engine: Any, trainables: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:

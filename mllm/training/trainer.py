@@ -11,7 +11,6 @@ Every random number of a step is a function of (seed, step, micro-batch, process
 (seed, epoch): there is no generator state to keep, and a resumed run equals the uninterrupted one bit for bit.
 """
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -41,9 +40,11 @@ from mllm.training.experts import ExpertUsage
 from mllm.training.frozen_teacher import TEACHER, FrozenTeacher
 from mllm.training.fused_loss import FusedTargetLoss, plain_head
 from mllm.training.host_answers import answered_by_host
+from mllm.training.interruption import SaveOnTime, StopOnRequest, StopRequest
 from mllm.training.logs import RunFlow, RunLog, RunProgress, Tally
 from mllm.training.loss import ChunkedTargetLoss, Loss
 from mllm.training.optimization import check_gradients, moments_of, named_groups, set_moments
+from mllm.training.pipeline.worker_errors import readable_errors
 from mllm.training.selection import keep_best
 from mllm.training.step import (
     Teacher,
@@ -62,8 +63,11 @@ from mllm.training.step import (
     total_loss,
 )
 from mllm.training.throughput import Pace, mean_of
+from mllm.utils.activity import note_activity
 from mllm.utils.distributed import gather_json
+from mllm.utils.fail_points import fail_point
 from mllm.utils.files import digest_of_file
+from mllm.utils.json_text import json_text
 
 logger = logging.getLogger(__name__)
 Metric = Callable[[ElasticForConditionalGeneration, ElasticProcessor], Mapping[str, float]]
@@ -113,7 +117,8 @@ class ElasticTrainer(Trainer):
     ) -> None:
         had_cache = "use_cache" in vars(model.config)
         log = RunLog(args.run, tensorboard=tensorboard, num_workers=batches.num_workers)
-        callbacks = [log, RunFlow(validates=validation is not None)]
+        self.stop, self.save_on_time = StopOnRequest(StopRequest()), SaveOnTime(args.save_minutes)
+        callbacks = [log, self.stop, self.save_on_time, RunFlow(validates=validation is not None)]
         super().__init__(model, args, eval_dataset=cast(Any, validation), callbacks=cast(Any, callbacks))
         if not had_cache:  # Trainer switches the cache off in the config, and generation would find it off
             delattr(model.config, "use_cache")
@@ -160,7 +165,9 @@ class ElasticTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """Get the micro-batches of a step, timing the wait for them."""
-        return super().get_batch_samples(map(self.with_answers, self.pace.batches(epoch_iterator)), num_batches, device)
+        note_activity(f"waiting for the batches of step {self.state.global_step + 1}")
+        batches = self.pace.batches(readable_errors(epoch_iterator))
+        return super().get_batch_samples(map(self.with_answers, batches), num_batches, device)
 
     def with_answers(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Let a host answer what has no answer, before targets are counted; what it encodes for that is kept."""
@@ -174,10 +181,21 @@ class ElasticTrainer(Trainer):
         return {**inputs, "batch": answered, "features": features}
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Batch]], device: torch.device) -> Tensor:
-        """Count target tokens of the optimizer step: over its micro-batches and all processes, once per token."""
-        on_this_process = sum(num_targets(sample["batch"].rows) for sample in batch_samples)
-        counts = self.accelerator.gather(torch.tensor([on_this_process], device=device))
-        return cast(Tensor, counts).sum()
+        """Count target tokens of the optimizer step: over its micro-batches and all processes, once per token.
+
+        The processes also agree here on what one of them alone knows: a signal, and that it is time to save.
+        """
+        count = sum(num_targets(sample["batch"].rows) for sample in batch_samples)
+        is_due = self.save_on_time.is_due and self.args.process_index == 0
+        on_this_process = torch.tensor([[count, self.stop.request.number, int(is_due)]])  # (1, 3)
+        if self.args.world_size == 1:
+            everywhere = on_this_process
+        else:
+            everywhere = cast(Tensor, self.accelerator.gather(on_this_process.to(device)))  # (P, 3)
+            self.stop.request.agreed_number = int(everywhere[:, 1].max())
+            is_due = bool(everywhere[:, 2].max())
+        self.save_on_time.is_agreed = is_due
+        return everywhere[:, 0].sum().to(device)
 
     # ---- one micro-batch ----
 
@@ -196,6 +214,8 @@ class ElasticTrainer(Trainer):
         batch: Batch = inputs["batch"]
         args, step, device = self.args, self.state.global_step, self.args.device
         self._seed_micro_batch(step)
+        note_activity(f"step {step + 1}, micro-batch {self._micro_batch + 1}", [row.sample_id for row in batch.rows])
+        fail_point("step.begin")
         model.train()
         with self.pace.watch.measure("step"):
             is_gated = self.processor.expert_names.is_gate
@@ -237,6 +257,11 @@ class ElasticTrainer(Trainer):
                 teacher = teacher or Teacher(training_batch.starts, cast(Tensor, outputs.target_states))
                 step_loss += scaled.detach()
                 del outputs  # with a sink loss it holds all hidden states, which the next group needs the memory of
+        if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
+            from mllm.training.sharding import check_sharded_gradients
+
+            check_sharded_gradients(self.deepspeed, step + 1)
+        fail_point("step.end")
         return step_loss
 
     def _frozen_teacher_states(self, batch: Batch, features: Mapping[str, Features]) -> Teacher | None:
@@ -332,8 +357,9 @@ class ElasticTrainer(Trainer):
         wrapped = cast(nn.Module, self.model_wrapped if self.is_deepspeed_enabled else self.elastic)
         wrapped.eval()
         tally = Tally()
-        for index, inputs in enumerate(self.validation.batches):
+        for index, inputs in enumerate(readable_errors(iter(self.validation.batches))):
             batch: Batch = self.with_answers(inputs)["batch"]
+            note_activity("validation", [row.sample_id for row in batch.rows])
             views = fixed_views(batch.rows, self.validation.budgets)
             training_batch = make_training_batch(batch, views, self.processor, packed=self.packs)
             target_loss = self.target_loss(training_batch, num_targets(batch.rows))
@@ -352,6 +378,7 @@ class ElasticTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_loss/{name}": value for name, value in losses.items()}
         metrics[f"{metric_key_prefix}_loss"] = sum(losses.values()) / len(losses)
         if self.validation.metric is not None:
+            note_activity("the metric of answers", is_watched=False)
             extra = self.validation.metric(self.elastic, self.processor)
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in extra.items()}
         self.log(metrics)
@@ -396,6 +423,7 @@ class ElasticTrainer(Trainer):
         return trainable_state(self.elastic)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        note_activity(f"saving the checkpoint of step {self.state.global_step}")
         trainables, moments = self.trainables(), self._moments()
         if self.args.should_save:
             schedule = cast(LRScheduler, self.lr_scheduler).state_dict()
@@ -409,7 +437,7 @@ class ElasticTrainer(Trainer):
                 trainables,
                 moments,
                 plain,
-                json.dumps(asdict(self.state), indent=1),
+                json_text(asdict(self.state), indent=1),
                 self.elastic.config.to_json_string(),
             )
             facts = {**self.args.facts, "processes": self.args.world_size}
@@ -437,6 +465,7 @@ class ElasticTrainer(Trainer):
         return prepared
 
     def _restore(self, folder: Path) -> None:
+        fail_point("load.checkpoint")
         moments, plain = load_progress(folder)
         if self.args.has_frozen_teacher:
             self.frozen_teacher = FrozenTeacher.read(self.elastic, self.args.run, plain["teacher"])

@@ -20,6 +20,8 @@ BEST = "best"
 VALIDATION_ANSWERS = "validation_answers.jsonl"
 """What the model answered at the last validation, a row per sample and budget."""
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d{8,})")
+MODEL_ASIDE = ".model.writing"
+"""Where a run's model is written before its files get their names: inside the run, which may be a disk of its own."""
 NEWEST = "auto"
 """What is written for the newest checkpoint, wherever one is asked for."""
 

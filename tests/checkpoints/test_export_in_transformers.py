@@ -171,6 +171,6 @@ def test_weights_are_as_readable_as_the_umask_says(folder: Path, tmp_path: Path)
 
 def test_a_folder_that_is_not_empty_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "model-00001-of-00002.safetensors").touch()
-    with pytest.raises(ValueError, match="is not empty; export writes to a new folder"):
+    with pytest.raises(ValueError, match="is in use; name a new or an empty folder"):
         export(folder / "run", tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["model-00001-of-00002.safetensors"]

@@ -680,3 +680,10 @@ def test_every_reader_of_foreign_files_is_told_to_run_no_code() -> None:
             elif node.func.attr == "from_pretrained" and (path.name, owner) not in readers:
                 problems.append(where)
     assert not problems
+
+
+@pytest.mark.parametrize("values", [{"num_hidden_layers": 10**6}, {"text_config": {"num_hidden_layers": 10**6}}])
+def test_a_config_of_a_million_layers_is_refused_before_one_is_made(values: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **values}))
+    with pytest.raises(ValueError, match=r"says num_hidden_layers=1000000; more than 1,000 are never made"):
+        llm_config(str(tmp_path))

@@ -13,7 +13,7 @@ from mllm.commands.help import help_text
 from mllm.commands.train import Settings
 from mllm.config.medium import FramesConfig, ImageQueryConfig, LipsConfig, MoeConfig, StreamQueryConfig
 from mllm.config.model import LoraBankConfig
-from mllm.config.reading import keys_of
+from mllm.config.reading import keys_of, parse_yaml
 from mllm.config.run import RunConfig, config_yaml, read_run_config
 from mllm.encoders import encoder_facts
 
@@ -233,3 +233,10 @@ def test_a_key_of_a_reader_is_named_in_full() -> None:
     values["data"]["reader"] = {"format": "llava", "tasks": ["asr"]}
     with pytest.raises(ValueError, match=r"data.reader.tasks goes with the formats auto_avsr"):
         read_run_config(values)
+
+
+@pytest.mark.parametrize("text", ["a: " + "[" * 20_000, "a: " + "{a: " * 5_000])
+def test_yaml_that_is_nested_too_deeply_is_refused_in_few_words(text: str) -> None:
+    with pytest.raises(ValueError, match=r"^'a: .*\.\.\.' is n(ested too deeply to be read as|ot) YAML") as caught:
+        parse_yaml(text)
+    assert len(str(caught.value)) < 600

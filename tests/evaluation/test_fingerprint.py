@@ -49,6 +49,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "batch_size": {"batch_size": 1},
     "max_rows": {"max_rows": 1},
     "use_cpu": {"use_cpu": True},
+    "verify": {"verify": False},
     "snr_db": {"snr_db": [0.0, 5.0]},
 }
 """A change of each setting that is not a block or the name of a file, alone where it can stand alone."""

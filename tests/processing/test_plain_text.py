@@ -172,3 +172,17 @@ def test_an_unknown_sign_is_still_unknown_and_a_letter_that_pads_is_still_a_lett
     assert encoded(tokenizer, "red \N{SNOWMAN}").count(tokenizer.unk_token_id) == 3
     tokenizer.pad_token = "?"
     assert encoded(tokenizer, "red?").count(tokenizer.pad_token_id) == 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_placeholder_that_a_tokenizer_takes_for_a_plain_token_cannot_be_typed(family: str) -> None:
+    tokenizer = fast(family)
+    tokenizer.add_tokens(["<picture>"])  # not special, as in some released checkpoints
+    placeholder = tokenizer.convert_tokens_to_ids("<picture>")
+    assert placeholder in tokenizer("a <picture> b").input_ids
+    encode = ChatEncoder(tokenizer, chat_format="plain", placeholder_ids={"image": placeholder})
+    typed = Text("what is <picture>? <picture><picture>")
+    prompt = encode([Message("user", (typed,)), Message("assistant", (typed,))])
+    assert placeholder not in prompt.ids
+    if family in EXACT:
+        assert tokenizer.decode(prompt.ids, skip_special_tokens=True).replace(" ", "").count("<picture>") == 6

@@ -20,8 +20,9 @@ from mllm.training.checkpoint import (
     choose_checkpoint,
     set_aside_refused,
 )
-from mllm.training.run_folder import MANIFEST, list_checkpoints, newest_checkpoint, read_checkpoint
+from mllm.training.run_folder import list_checkpoints, newest_checkpoint, read_checkpoint
 from mllm.training.trainer import ElasticTrainer
+from mllm.utils.sealing import MANIFEST
 
 
 def settings_in(output: Path, **train) -> RunConfig:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from mllm.training.run_folder import (
-    MANIFEST,
     checkpoint_path,
     delete_old,
     list_checkpoints,
@@ -19,6 +18,9 @@ from mllm.training.run_folder import (
     run_lock,
     write_checkpoint,
 )
+from mllm.utils.files import WriteError
+from mllm.utils.run_paths import MODEL_ASIDE
+from mllm.utils.sealing import MANIFEST
 
 FILES = {"weights": b"\x01" * 4000, "state.json": b"{}"}
 
@@ -52,10 +54,12 @@ def count_calls(run, fatal, after):
             calls += 1
             if calls == fatal and not after:
                 os._exit(9)
-            result = real(*args, **kwargs)
-            if calls == fatal:
-                os._exit(9)
-            return result
+            number = calls
+            try:
+                return real(*args, **kwargs)
+            finally:  # also behind a call that fails, as taking away what is not there does
+                if number == fatal:
+                    os._exit(9)
         setattr(owner, name, call)
     for owner, names in ((os, "fsync replace mkdir unlink rmdir"), (Path, "write_bytes write_text")):
         for name in names.split():
@@ -86,7 +90,7 @@ def test_a_kill_at_any_point_leaves_a_complete_checkpoint(tmp_path: Path) -> Non
         assert (newest.folder / "weights").read_bytes() == b"\x01" * 4000 + str(newest.step).encode()
         assert all(path.name.startswith("checkpoint-") for path in run.iterdir())
         steps.append(newest.step)
-    assert len(steps) > 24
+    assert len(steps) > 30
     assert set(steps) == {1, 2}
 
 
@@ -135,9 +139,10 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path) -> None:
         (folder / "weights").write_bytes(b"1")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space left") as caught:
-        write_checkpoint(tmp_path, 2, write, {})
-    assert "bytes are free" in "".join(caught.value.__notes__)
+    with pytest.raises(
+        WriteError, match=r"No space left on device; 1,000 bytes are needed and [\d,]+ are free.*00000002"
+    ):
+        write_checkpoint(tmp_path, 2, write, {}, num_bytes=1_000)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000001"]
 
 
@@ -161,6 +166,39 @@ def test_the_lock_of_a_killed_run_is_free(tmp_path: Path) -> None:
     assert killed.returncode == -9
     with run_lock(tmp_path):
         assert str(os.getpid()) in (tmp_path / "run.lock").read_text()
+
+
+# Holds a lock, forks a child that lives on as a worker does, and is killed once it has said the child's id.
+ORPHAN = """
+import os, sys, time
+from pathlib import Path
+from mllm.training.run_folder import run_lock
+with run_lock(Path(sys.argv[1])):
+    if (child := os.fork()) == 0:
+        os.close(1)
+        time.sleep(60)
+    time.sleep(0.2)
+    os.write(1, str(child).encode())
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_worker_that_outlives_a_killed_run_does_not_keep_its_lock(tmp_path: Path) -> None:
+    killed = subprocess.run([sys.executable, "-c", ORPHAN, str(tmp_path)], timeout=60, stdout=subprocess.PIPE)
+    try:
+        assert killed.returncode == -9
+        os.kill(int(killed.stdout), 0)  # it lives
+        with run_lock(tmp_path):
+            pass
+    finally:
+        os.kill(int(killed.stdout), 9)
+
+
+def test_what_a_kill_left_of_a_model_is_removed(tmp_path: Path) -> None:
+    (tmp_path / MODEL_ASIDE).mkdir()
+    (tmp_path / MODEL_ASIDE / "trainables.safetensors").write_bytes(b"half")
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_manifest_is_plain_json(tmp_path: Path) -> None:

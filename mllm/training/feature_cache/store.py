@@ -32,7 +32,8 @@ from mllm.data.manifest import Sample
 from mllm.media import DEFAULT_LIMITS, MediaError, resolve_media
 from mllm.media.packed import packed_bytes, packed_location
 from mllm.processing.processor import LoadedMedia
-from mllm.utils.files import cut_half_line, digest_of_file, write_text_whole, written_whole
+from mllm.utils.fail_points import fail_point
+from mllm.utils.files import append_text, cut_half_line, digest_of_file, write_text_whole, written_whole
 
 FINGERPRINT = "fingerprint.json"
 SHARD_BYTES = 2**27
@@ -184,14 +185,12 @@ class ShardWriter:
     def flush(self) -> None:
         """Write what there is."""
         shards = [self._write(medium, tensors) for medium, tensors in self._tensors.items()]
-        with self.index.open("a", encoding="utf-8") as file:
-            for shard in shards:
-                self.store.shards[shard.name] = shard
-                file.write(json.dumps({"shard": asdict(shard)}) + "\n")
-            for sample_id, version, items in self._lines:
-                file.write(self._line(sample_id, version, items))
-            file.flush()
-            os.fsync(file.fileno())
+        self.store.shards |= {shard.name: shard for shard in shards}
+        lines = [json.dumps({"shard": asdict(shard)}) + "\n" for shard in shards]
+        lines += [self._line(*line) for line in self._lines]
+        fail_point("features.shard")
+        append_text(self.index, "".join(lines), flush=True)
+        fail_point("features.index")
         self._tensors, self._lines, self._bytes, self._flushed = {}, [], 0, time.monotonic()
 
     def _write(self, medium: str, tensors: Mapping[str, Tensor]) -> Shard:

@@ -22,9 +22,9 @@ from mllm.data.skipped import SkipLog
 from mllm.media import MediaError, MediaLoader, RememberingLoader, load_audio
 from mllm.processing.batch import check_length
 from mllm.processing.processor import ElasticProcessor, LoadedMedia
-from mllm.training.interruption import ignore_interrupts
 from mllm.training.pipeline.batches import RankBatches, RankSlots
 from mllm.training.pipeline.token_scan import TokenScan
+from mllm.training.pipeline.worker_process import prepare_worker
 from mllm.training.throughput import Stopwatch, TimedLoad
 from mllm.transforms.augmentation import Augmentation, TimeMask
 from mllm.transforms.noise import MixNoise
@@ -78,7 +78,7 @@ def train_loader(
         batch_sampler=batches,
         collate_fn=collator,
         num_workers=config.num_workers,
-        worker_init_fn=ignore_interrupts,
+        worker_init_fn=prepare_worker,
     )
 
 
@@ -131,7 +131,7 @@ def validation_loader(
         batch_sampler=batches,
         collate_fn=collator,
         num_workers=config.num_workers,
-        worker_init_fn=ignore_interrupts,
+        worker_init_fn=prepare_worker,
     )
     return loader, len(batches) - batches.num_repeated
 

@@ -1,0 +1,50 @@
+"""Prepares a process that reads data: signals meant for the training leave it alone, and it tells what it is doing.
+
+A terminal or a scheduler sends a signal to every process of a run. The training finishes its step on one, for which it
+needs its workers, and these would end at once. And a worker that is stuck inside a decoder cannot be asked for its
+samples but by a thread.
+
+Knows signals and threads. Does not know what is read.
+"""
+
+import os
+import signal
+import sys
+import threading
+
+from mllm.training.interruption import STOPPING
+from mllm.training.watchdog import stacks_of_this_process
+from mllm.utils.activity import current_activity
+
+SECONDS_BETWEEN_LOOKS = 1.0
+
+
+def prepare_worker(worker: int) -> None:
+    """Leave it to the training process what a signal means; the first thing a worker does.
+
+    SIGTERM is heeded where the training process itself sends it, which is how it ends a worker that does not end.
+    """
+    if not hasattr(signal, "sigtimedwait"):  # not on macOS
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        return
+    for number in STOPPING:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    # Blocked in this thread and in all that it starts, they wait for the one that asks for them.
+    answered = {signal.SIGTERM, signal.SIGUSR2}
+    signal.pthread_sigmask(signal.SIG_BLOCK, answered)
+    threading.Thread(target=_answer, args=(worker, os.getppid(), answered), name="signals", daemon=True).start()
+
+
+def _answer(worker: int, training_process: int, answered: set[signal.Signals]) -> None:
+    """Answer signals, and end with the training process, of whose end a stuck worker would never hear."""
+    while os.getppid() == training_process:
+        request = signal.sigtimedwait(answered, SECONDS_BETWEEN_LOOKS)
+        if request is None:
+            continue
+        if request.si_signo == signal.SIGUSR2:
+            sys.stderr.write(f"worker {worker} of it: {current_activity()}\n{stacks_of_this_process()}")
+            sys.stderr.flush()
+        elif request.si_pid == training_process:
+            break
+    os._exit(0)

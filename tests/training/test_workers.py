@@ -1,0 +1,120 @@
+"""Processes that read data: their errors read as they were raised, and they tell what they do when nothing moves."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils.data import DataLoader, Dataset
+
+from mllm.data.skipped import TooManyBadSamples
+from mllm.training.pipeline.worker_errors import readable_errors
+
+
+def too_many(index: int) -> Any:
+    raise TooManyBadSamples("3 of 3 samples are bad: they are listed in x.jsonl; the last: 'a', ValueError: no")
+
+
+def two_lines(index: int) -> Any:
+    raise ValueError("first line\nsecond line")
+
+
+def killed(index: int) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Failing(Dataset[Any]):
+    """A data set whose only sample ends as it is told to."""
+
+    def __init__(self, end: Callable[[int], Any]) -> None:
+        self.end = end
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Any:
+        return self.end(index)
+
+
+@pytest.mark.parametrize(
+    ("end", "kind", "message"),
+    [
+        (too_many, TooManyBadSamples, r"^3 of 3 samples are bad: .*; the last: 'a', ValueError: no$"),
+        (two_lines, ValueError, r"^first line\nsecond line$"),
+        (
+            killed,
+            ChildProcessError,
+            r"^process \d+, which prepares batches, was ended( by Killed)? and could not say why;",
+        ),
+    ],
+)
+def test_an_error_in_a_worker_reads_as_it_was_raised(
+    end: Callable[[int], Any], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        next(readable_errors(iter(DataLoader(Failing(end), num_workers=1))))
+
+
+# A training process that is stuck, with a worker that is stuck as well. It never wakes up by itself.
+STALLS = """
+import sys, time
+from pathlib import Path
+from torch.utils.data import DataLoader, Dataset
+from mllm.training import watchdog
+from mllm.training.pipeline.worker_process import prepare_worker
+from mllm.utils.activity import note_activity
+run, rank, minutes = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+watchdog.SECONDS_TO_TELL = 1.0
+
+class Clips(Dataset):
+    def __len__(self): return 1
+    def __getitem__(self, index):
+        note_activity("loading media", ["clip-7"])
+        (run / f"ready-{rank}").touch()
+        stuck_decoder()
+
+def stuck_decoder():
+    time.sleep(120)
+
+def wait_for_batches(loader):
+    next(iter(loader))
+
+note_activity("waiting for the batches of step 12", ["row-3"])
+with watchdog.watched(run, rank=rank, minutes=minutes):
+    wait_for_batches(DataLoader(Clips(), num_workers=1, worker_init_fn=prepare_worker))
+"""
+
+
+def started(run: Path, rank: int, minutes: float) -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", STALLS, str(run), str(rank), str(minutes)]
+    return subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_run_in_which_nothing_moves_tells_what_every_process_does_and_ends(tmp_path: Path) -> None:
+    """The second process would wait for ten minutes; it hears of the first one's end."""
+    waits, stuck = started(tmp_path, 1, 10.0), None
+    try:
+        until = time.monotonic() + 100
+        while not (tmp_path / "ready-1").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        stuck = started(tmp_path, 0, 0.1)
+        said = [process.communicate(timeout=100)[1] for process in (stuck, waits)]
+    finally:
+        for process in filter(None, (stuck, waits)):
+            process.kill()
+    assert [process.returncode for process in (stuck, waits)] == [3, 3], said
+    assert re.search(r"process 0 has not moved for \d+ seconds \(train.watchdog_minutes\): ", said[0])
+    assert "process 1 was told by stalled-0.txt" in said[1]
+    for rank, text in enumerate(said):
+        assert "waiting for the batches of step 12, samples row-3" in text
+        assert "in wait_for_batches" in text
+        assert "worker 0 of it: loading media, samples clip-7" in text
+        assert "in stuck_decoder" in text
+        assert "goes on from its newest checkpoint with --resume auto" in text
+        assert "in wait_for_batches" in (tmp_path / f"stalled-{rank}.txt").read_text()
