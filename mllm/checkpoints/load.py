@@ -322,23 +322,6 @@ def export(
     """
     if experts_as_lora and (scale or task or llm_only):
         raise ValueError("experts_as_lora writes every expert; it does not go with scale, task or llm_only")
-    model, processor = load(folder, device="cpu", checkpoint=checkpoint, sources=sources)
-    if model.config.host_config is not None:
-        if scale or task or llm_only or experts_as_lora:
-            raise ValueError(
-                f"{folder} is a model on a host, which is exported as it is; leave out scale, task, llm_only and "
-                "experts_as_lora"
-            )
-        _write_with_adapter(model, processor, out)
-        return
-    if experts_as_lora:
-        write_experts(model, processor.expert_names, out)
-    else:
-        select_experts(
-            model.model.language_model,
-            scale_id=_index_of("scale", scale, processor.expert_names.scales),
-            task_id=_index_of("task", task, processor.expert_names.tasks),
-        )
     with new_folder(out) as new:
         model, processor = load(folder, device="cpu", checkpoint=checkpoint, sources=sources)
         if model.config.host_config is not None:
@@ -350,7 +333,7 @@ def export(
             _write_with_adapter(model, processor, new)
         else:
             if experts_as_lora:
-                write_experts(model.model.language_model, processor.expert_names, new)
+                write_experts(model, processor.expert_names, new)
             else:
                 select_experts(
                     model.model.language_model,
