@@ -22,6 +22,7 @@ from mllm.inference.answerer import Answerer
 from mllm.model.trainables import set_trainables
 from mllm.router.router import FILE, WEIGHTS, load_router
 from mllm.utils.run_paths import RUN_CONFIG
+from mllm.utils.sealing import renew_seal
 
 BUDGETS = ["image=1", "image=4", "image=64"]
 QUESTIONS = {"colour": "what colour is the circle?", "count": "how many objects?"}
@@ -150,11 +151,13 @@ def test_answers_that_no_router_may_be_fitted_on(folder: Path, capsys: pytest.Ca
     assert "answers names the folder of a finished evaluation" in capsys.readouterr().err
     weights = (run / TRAINABLES).read_bytes()
     (run / TRAINABLES).write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    renew_seal(run, [TRAINABLES])
     assert fit(folder) == 2
     assert f"holds answers of another model than {run}: {TRAINABLES} differ" in capsys.readouterr().err
     assert evaluate(folder, "stale", "auto") == 2
     assert f"was fitted for another model: {TRAINABLES} changed since" in capsys.readouterr().err
     (run / TRAINABLES).write_bytes(weights)
+    renew_seal(run, [TRAINABLES])
     for file in (FILE, WEIGHTS):
         (run / file).rename(folder / file)
     assert evaluate(folder, "none", "auto") == 2

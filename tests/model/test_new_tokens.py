@@ -23,6 +23,7 @@ from mllm.inference.decoding import generate_options
 from mllm.model.trainables import NEW_TOKENS, set_trainables, trainable_names
 from mllm.training.optimization import named_groups
 from mllm.training.run import train
+from mllm.utils.sealing import renew_seal
 
 SPAN = {"span": ["<sound>", "</sound>"]}
 KNOWN = len(tiny.TOKENIZER)
@@ -284,6 +285,7 @@ def test_tokens_that_the_llm_knows_stay_as_they_are(plain: World, tmp_path: Path
     run = train(plain.settings(tmp_path / "run", model=settings, max_steps=2))
     config = run / "config.json"
     config.write_text(config.read_text().replace('"new_tokens": {},', ""))
+    renew_seal(run, [config.name])
     assert '"new_tokens"' not in config.read_text()
     assert load(run)[0].model.new_tokens is None
 
