@@ -9,7 +9,7 @@ others want beside those stands with them in `HOSTS`; families that want what is
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import transformers
 from torch import Tensor, nn
@@ -64,6 +64,7 @@ class Patches:
     merged: Callable[[Any], int]
     has_breaks: bool = False
     grid_of: Callable[[Any, Any, int, int], Grid] | None = None
+    num_fixed: ClassVar[int] = 1
 
     def num_positions(self, config: Any, num_features: int) -> int:
         """Count the patches that the encoder reads for one image of so many soft tokens."""
@@ -81,6 +82,7 @@ class Clips:
         smallest: values and length of the smallest clip, from the host's config.
         positions: counts what the encoder's layers read for a clip, from the host's config and its soft tokens.
         window_seconds: the longest clip that its processor keeps whole; None where any length will do.
+        num_fixed: how many of the last dimensions of the values have one size in all clips.
     """
 
     frames_per_second: float
@@ -89,6 +91,7 @@ class Clips:
     smallest: Callable[[Any], tuple[Tensor, Tensor]]
     positions: Callable[[Any, int], int]
     window_seconds: float | None = None
+    num_fixed: int = 2
 
     def num_positions(self, config: Any, num_features: int) -> int:
         """Count the positions that the encoder reads for one clip of so many soft tokens."""
@@ -254,6 +257,7 @@ HOSTS: dict[str, HostFamily] = {
             clips.granite_features,
             clips.granite_window,
             clips.granite_positions,
+            num_fixed=1,
         ),
     ),
     "glmasr": HostFamily(

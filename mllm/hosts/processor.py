@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import transformers
 from PIL import Image
 from torch import Tensor
@@ -27,6 +28,8 @@ from mllm.transforms.image_processors import image_processor_class, read_image_p
 
 _READ = {"image": ("image_processor",), "audio": ("feature_extractor", "audio_processor")}
 """The parts of processors that are used, by medium. Others may need packages, and what they read is not read here."""
+_BLANK_PIXELS = 64
+"""Sides of the blank image that shows what a processor makes, where images keep their shape."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,8 @@ class HostProcessor:
         tokenizer: of the host.
 
     Raises:
-        ValueError: no chat template, or a placeholder that the tokenizer does not hold.
+        ValueError: no chat template, or a processor that does not go with the config or the tokenizer, which a blank
+            image or a silent clip shows.
     """
 
     def __init__(self, config: Any, values: Mapping[str, Any], tokenizer: Any) -> None:
@@ -128,10 +132,37 @@ class HostProcessor:
         self.chat_template = values.get("chat_template") or tokenizer.chat_template
         if not isinstance(self.chat_template, str):
             raise ValueError(f"the processor of this {config.model_type} holds no chat template, or several")
-        self.processor = _processor(self.family, values, tokenizer)
         self.resizing = self._resizing(values)
         self._sizes: dict[Any, HostSize] = {}
-        self.media_token: str = getattr(self.processor, f"{self.medium}_token")
+        # Processors are other people's programs: what a file lacks or says otherwise fails in them as it happens to.
+        # It is found out here, where no file of a user's is to blame yet.
+        try:
+            self.processor = _processor(self.family, values, tokenizer)
+            self.media_token: str = getattr(self.processor, f"{self.medium}_token")
+            self._check_values(self(self._blank()).values)
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            raise ValueError(
+                f"the processor of this {config.model_type} does not go with its config or its tokenizer: {error}"
+            ) from error
+
+    def _blank(self) -> Image.Image | Audio:
+        """Make an image of about one tile, or a second of silence."""
+        if self.medium == "audio":
+            return Audio(np.zeros(self.sample_rate_hz, dtype=np.float32), self.sample_rate_hz)
+        return Image.new("RGB", self.facts.image_pixels or (_BLANK_PIXELS, _BLANK_PIXELS))
+
+    def _check_values(self, values: Tensor) -> None:
+        """Refuse values of another size than the encoder reads; those of tiles are looked at in every image.
+
+        Raises:
+            ValueError: naming both sizes.
+        """
+        reads = self.family.patches or self.family.clips
+        if reads is None:
+            return
+        made, wanted = (one.shape[-reads.num_fixed :] for one in (values, reads.smallest(self.config)[0]))
+        if made != wanted:
+            raise ValueError(f"it makes values of size {tuple(made)}, and the encoder reads {tuple(wanted)}")
 
     def _resizing(self, values: Mapping[str, Any]) -> HostResizing | None:
         if self.facts.grid is None:

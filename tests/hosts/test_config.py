@@ -9,6 +9,7 @@ import pytest
 import tiny
 import tiny_hosts
 
+from mllm.checkpoints.adoption import examine
 from mllm.checkpoints.build import build
 from mllm.checkpoints.pretrained import host_config, llm_config
 from mllm.config.model import ModelConfig
@@ -128,6 +129,59 @@ def test_weights_that_are_not_whole_are_refused(tmp_path: Path) -> None:
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"not those of its config: missing .*multi_modal_projector"):
         build(read(ModelConfig, {"host": folder, "image": {"budgets": [36, 1]}}, path="model"))
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "changes", "message"),
+    [
+        ("llava", "image_processor", {"crop_size": {"height": 32, "width": 32}}, r"tiles of \(32, 32\) .* \(24, 24\)"),
+        ("llava", None, {"patch_size": 8}, "wrote 9 placeholders for 1 tiles of 36 tokens"),
+        ("llava", None, {"patch_size": None}, "unsupported operand"),
+        ("llava_next", "image_processor", {"crop_size": {"height": 32, "width": 32}}, "division by zero"),
+        ("qwen3_vl", "image_processor", {"patch_size": 8}, r"values of size \(384,\), and the encoder reads \(96,\)"),
+        ("qwen3_vl", "image_processor", {"merge_size": 1}, "wrote 144 placeholders for 1 tiles of 36 tokens"),
+        ("gemma4", "image_processor", {"patch_size": 8}, r"values of size \(192,\), and the encoder reads \(48,\)"),
+        (
+            "qwen2_audio",
+            "feature_extractor",
+            {"feature_size": 128},
+            r"\(128, 3000\), and the encoder reads \(80, 3000\)",
+        ),
+    ],
+)
+def test_a_processor_of_other_sizes_than_the_config_is_refused_before_a_file_is_read(
+    family: str, part: str | None, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = tiny_hosts.write(family, tmp_path)
+    values = json.loads((tmp_path / "processor_config.json").read_text())
+    (values if part is None else values[part]).update(changes)
+    (tmp_path / "processor_config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=f"^the processor of this {family} does not go with its config .*{message}"):
+        _built(folder, family)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("processor_config.json", "^Can't load image processor for"),
+        ("chat_template.jinja", "^the processor of this internvl holds no chat template, or several$"),
+        (
+            "tokenizer_config.json",
+            "^the processor of this internvl does not go with .* no attribute start_image_token$",
+        ),
+        ("model.safetensors", r"holds no model\.safetensors and no model\.safetensors\.index\.json$"),
+    ],
+)
+def test_a_folder_that_lacks_a_file_is_refused(name: str, message: str, tmp_path: Path) -> None:
+    folder = tiny_hosts.write("internvl", tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises((ValueError, OSError), match=message):
+        _built(folder, "internvl")
+
+
+def _built(folder: str, family: str) -> Any:
+    block = {"budgets": list(examine(folder).budgets)}
+    return build(read(ModelConfig, {"host": folder, tiny_hosts.HOSTS[family].medium: block}, path="model"))
 
 
 def test_a_vision_encoder_whose_features_are_no_grid_is_refused(tmp_path: Path) -> None:
