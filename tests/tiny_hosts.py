@@ -111,6 +111,28 @@ def _llava_processor(tokenizer: Any) -> Any:
     )
 
 
+def _siglip_llava_config(tokenizer: Any) -> Any:
+    return hf.LlavaConfig(
+        vision_config=hf.SiglipVisionConfig(vision_use_head=False, **VISION),
+        text_config=hf.LlamaConfig(**TEXT),
+        image_token_id=_id(tokenizer, "<image>"),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=False,
+    )
+
+
+def _siglip_llava_processor(tokenizer: Any) -> Any:
+    return hf.LlavaProcessor(
+        image_processor=hf.SiglipImageProcessorPil(size={"height": 24, "width": 24}),
+        tokenizer=tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=0,
+        chat_template=tokenizer.chat_template,
+    )
+
+
 def _internvl_config(tokenizer: Any) -> Any:
     vision = {**VISION, "image_size": [24, 24], "patch_size": [4, 4]}
     return hf.InternVLConfig(
@@ -581,6 +603,8 @@ HOSTS: dict[str, TinyHost] = {
     ),
     "glmasr": TinyHost(("<|pad|>",), _typed("<|pad|>", "audio"), _glmasr_config, _glmasr_processor, medium="audio"),
 }
+SIGLIP_LLAVA = TinyHost(("<image>",), IMAGES_FIRST, _siglip_llava_config, _siglip_llava_processor)
+"""Another member of a family, whose encoder has no class token."""
 KEEP_SHAPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "gemma4", "mistral3")
 """Families whose images keep their shape."""
 NEEDS = {
@@ -606,16 +630,25 @@ def processor_class(family: str) -> Any:
     return with_read_parts(getattr(hf, FAMILIES[family].processor_class), FAMILIES[family].medium)
 
 
+def model_class(family: str) -> Any:
+    """The model class of a family, with its head."""
+    from mllm.hosts.families import HOSTS as FAMILIES
+
+    return getattr(hf, FAMILIES[family].model_class)
+
+
 def make(family: str, *, seed: int = 0) -> tuple[Any, Any]:
     """A host with random weights that say something, in eval mode, and its processor."""
-    host = HOSTS[family]
+    return make_host(HOSTS[family], model_class(family), seed=seed)
+
+
+def make_host(host: TinyHost, model_class: Any, *, seed: int = 0) -> tuple[Any, Any]:
+    """The same of a host that need not be in `HOSTS`."""
     tokenizer = tokenizer_of(host)
     config = host.config(tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        from mllm.hosts.families import HOSTS as FAMILIES
-
-        model = getattr(hf, FAMILIES[family].model_class)(config).eval()
+        model = model_class(config).eval()
         for parameter in model.parameters():
             if parameter.dim() > 1 or not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.2)
@@ -633,10 +666,7 @@ def write(family: str, folder: Path) -> str:
 
 def load(folder: str, family: str, dtype: torch.dtype) -> Any:
     """Read the host itself, by transformers alone."""
-    from mllm.hosts.families import HOSTS as FAMILIES
-
-    model_class = getattr(hf, FAMILIES[family].model_class)
-    return model_class.from_pretrained(folder, dtype=dtype).eval()
+    return model_class(family).from_pretrained(folder, dtype=dtype).eval()
 
 
 def adopted(folder: str, family: str, *, dtype: str = "float32", trained: bool = True) -> tuple[Any, Any]:

@@ -4,13 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_hosts
 import torch
+import transformers as hf
 
 from mllm.budget import Budget
 from mllm.checkpoints import adoption
 from mllm.data.manifest import Media, Message, Sample, Text
+from mllm.media import Audio
 
 FAST = ["llava", "idefics3", "qwen3_vl", "gemma3", "qwen2_audio"]
 FAMILIES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in tiny_hosts.HOSTS]
@@ -91,8 +94,6 @@ def mixed(processor: Any, raws: list[Any], budgets: list[str]) -> dict[str, torc
 
 
 def raw_of(value: Any) -> Any:
-    from mllm.media import Audio
-
     return Audio(*value) if isinstance(value, tuple) else value
 
 
@@ -200,6 +201,34 @@ def test_conversations_of_several_turns_and_images_are_prompts_of_the_hosts_own_
     assert torch.equal(ours["input_ids"], theirs["input_ids"])
     with torch.no_grad():
         assert torch.equal(model(**ours).logits, host(**theirs).logits)
+
+
+RATES_HZ = {"qwen2_audio": 25.0, "glmasr": 12.5, "granite_speech": 10.0}
+
+
+@pytest.mark.parametrize(
+    "family", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in RATES_HZ]
+)
+def test_a_clip_has_so_many_soft_tokens_per_second(adopted: Any, family: str) -> None:
+    host = adopted(family)[1].host
+    silence = np.zeros(40 * 16_000, dtype=np.float32)
+    for seconds in (6, 24):
+        assert host(Audio(silence[: seconds * 16_000], 16_000)).tokens == seconds * RATES_HZ[family]
+    with pytest.raises(ValueError, match="the host takes audio at 16000 Hz, got 8000 Hz"):
+        host(Audio(silence, 8_000))
+    if family == "qwen2_audio":
+        with pytest.raises(ValueError, match=r"lasts 40\.00 seconds, and the host's processor would cut it at 30$"):
+            host(Audio(silence, 16_000))
+        with pytest.raises(ValueError, match=r"a clip of 0\.01 seconds is too short for the host"):
+            host(Audio(silence[:160], 16_000))
+
+
+def test_a_llava_with_a_siglip_encoder_is_itself_at_full(tmp_path: Path) -> None:
+    model, processor = tiny_hosts.make_host(tiny_hosts.SIGLIP_LLAVA, hf.LlavaForConditionalGeneration)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    for dtype in ("float32", "bfloat16"):
+        adoption.probe(str(tmp_path), dtype=dtype)
 
 
 def test_a_host_whose_numbers_differ_is_refused(folders: Any, adopted: Any) -> None:

@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 
 from mllm.budget import Budget, count_tokens
+from mllm.budget.tiling import Size
 from mllm.checkpoints import adoption
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.evaluation.request_costs import ModelCosts
 from mllm.hosts import HostProcessor
-from mllm.hosts.resizing import RESIZING, resizing_of
+from mllm.hosts.resizing import RESIZING, HostResizing, resizing_of
 from mllm.inference.answerer import Answerer, Decoding
 from mllm.processing.processor import ElasticProcessor
 
@@ -71,7 +72,8 @@ def test_every_setting_sees_what_the_size_says(adopted: Any, family: str) -> Non
 
 
 def test_released_sizes_are_counted_as_their_processors_do() -> None:
-    """InternVL's tiles of 448 pixels, up to 12 and the whole; SmolVLM's of 512 in an image made 2048 pixels long."""
+    """The table of docs/adopt.md: InternVL's tiles of 448 pixels, up to 12 and the whole; SmolVLM's of 512 in an image
+    made 2048 pixels long; and so on."""
     internvl = resizing_of(
         "internvl", {"size": {"height": 448, "width": 448}, "min_patches": 1, "max_patches": 12}, 256
     )
@@ -83,8 +85,27 @@ def test_released_sizes_are_counted_as_their_processors_do() -> None:
     assert [internvl.at_most(full_hd, most).num_images for most in (2303, 768, 767)] == [3, 3, 1]
     assert smolvlm.default(full_hd).tokens == 13 * 64  # 4 x 3 tiles and the whole
     assert [smolvlm.at_most(full_hd, most).num_images for most in (832, 640, 400, 64)] == [13, 7, 5, 1]
+    cohere = resizing_of("cohere2_vision", {"size": {"height": 512, "width": 512}, "max_patches": 12}, 256)
+    assert cohere is not None
+    assert tiles_of(cohere, full_hd) == [13, 9, 7, 5, 3, 1]
+    assert tiles_of(internvl, full_hd) == [9, 3, 1]
+    assert tiles_of(smolvlm, full_hd) == [13, 7, 5, 1]
+    area = {"size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384}, "patch_size": 14, "merge_size": 2}
+    qwen = resizing_of("qwen2_5_vl", area, 0)
+    gemma = resizing_of("gemma4", {"pooling_kernel_size": 3, "patch_size": 16, "max_soft_tokens": 280}, 0)
+    assert qwen is not None
+    assert gemma is not None
+    assert (qwen.default(full_hd).tokens, qwen.at_most(full_hd, 256).tokens) == (2691, 252)
+    assert [gemma.at_most(full_hd, most).tokens for most in (264, 263, 119)] == [264, 120, 66]
     with pytest.raises(ValueError, match=r"image<=63 cannot be met: an image of 1080 x 1920 pixels takes at least 64 "):
         smolvlm.at_most(full_hd, 63)
+
+
+def tiles_of(resizing: HostResizing, image: Size) -> list[int]:
+    """The numbers of encoded images there are, from the default down."""
+    settings = resizing.kind.settings(resizing.values)
+    resolutions = [resizing.default(image), *(resizing._at(image, setting) for setting in settings)]
+    return sorted({one.num_images for one in resolutions}, reverse=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
