@@ -27,6 +27,7 @@ from mllm.config.processor import ProcessorConfig
 from mllm.config.reading import read
 from mllm.encoders import EncoderFacts
 from mllm.hosts import build_host, find_family, host_facts, read_host_processor, reading_parts
+from mllm.hosts.tiles import method_settings
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.precision import read_dtype
 from mllm.processing.processor import ElasticProcessor
@@ -241,9 +242,8 @@ def _pooled_output(host: Any, theirs: Mapping[str, Tensor], soft: Tensor) -> Any
     """
     method = host.model.get_image_features
     known = inspect.signature(method).parameters
-    settings = ("vision_feature_layer", "vision_feature_select_strategy")
-    from_config = {key: getattr(host.config, key) for key in settings if key in known and hasattr(host.config, key)}
-    output = method(**{key: value for key, value in theirs.items() if key in known}, **from_config, return_dict=True)
+    inputs = {key: value for key, value in theirs.items() if key in known}
+    output = method(**inputs, **method_settings(host.model), return_dict=True)
     size = host.config.get_text_config().hidden_size
     main, others = soft[:, :size], soft[:, size:]
     output.pooler_output = main[None] if isinstance(output.pooler_output, Tensor) else [main]

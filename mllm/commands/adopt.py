@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mllm.commands.new_config import write_new_config, yaml_scalar
+
 SUMMARY = "Make a pretrained VLM or audio LLM elastic: look it over, compare it with itself, write a run config."
 POSITIONAL = "model"
 SECONDS = 10.0
@@ -31,11 +33,8 @@ class Settings:
 
 def run(settings: Settings) -> int:
     """Examine, probe, and write the config."""
-    import yaml
-
     from mllm.checkpoints.adoption import examine, probe
     from mllm.commands.terminal import console, quiet_loading
-    from mllm.config.run import read_run_config
 
     quiet_loading()
     findings = examine(settings.model)
@@ -44,15 +43,7 @@ def run(settings: Settings) -> int:
         out.print(line, soft_wrap=True, highlight=False)
     probe(settings.model, dtype=settings.dtype)
     out.print(f"compared with the host's own pipeline in {settings.dtype}, full and reduced: equal", highlight=False)
-    text = config_text(settings, findings)
-    read_run_config(yaml.safe_load(text))  # what makes no valid config is refused before a file is there
-    path = Path(settings.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError as error:
-        raise ValueError(f"{path} is there already and is left as it is; give another name") from error
+    path = write_new_config(config_text(settings, findings), settings.out)
     out.print(f"written: {path}; then mllm train --config {path}", soft_wrap=True, highlight=False)
     return 0
 
@@ -105,8 +96,6 @@ def cost_shares(reference: str, findings: Any) -> tuple[float, float]:
 
 def config_text(settings: Settings, findings: Any) -> str:
     """Return the config as YAML, with comments."""
-    from mllm.commands.init import yaml_scalar
-
     are_counts = findings.budgets[0].isdigit()
     counts = ", ".join(budget if are_counts else f'"{budget}"' for budget in findings.budgets)
     unit = "soft tokens per tile" if are_counts else "of the host's own tokens per soft token"

@@ -1,10 +1,10 @@
 """`mllm init`: a run config for one's own media, to begin with and to change."""
 
-import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from mllm.commands.new_config import write_new_config, yaml_scalar
 
 SUMMARY = "Write a run config for your own media, on small models of the hub or on the synthetic parts."
 POSITIONAL = "out"
@@ -14,7 +14,6 @@ _HUB = {
     "image": "openai/clip-vit-large-patch14-336",
     "audio": "openai/whisper-small",
 }
-_YAML_WORDS = ("true", "false", "null", "yes", "no", "on", "off")
 _BUILT_IN = {"llm": "synthetic:llm", "image": "synthetic:vision", "audio": "synthetic:audio", "video": "synthetic:lips"}
 
 
@@ -61,20 +60,9 @@ class Settings:
 
 def run(settings: Settings) -> int:
     """Write the config, and say what to type next."""
-    import yaml
-
     from mllm.commands.terminal import console
-    from mllm.config.run import read_run_config
 
-    text = config_text(settings)
-    read_run_config(yaml.safe_load(text))  # names that make no valid config are refused before a file is there
-    path = Path(settings.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError as error:
-        raise ValueError(f"{path} is there already and is left as it is; give another name") from error
+    path = write_new_config(config_text(settings), settings.out)
     out = console()
     root = "" if settings.root is None else f" --root {settings.root}"
     for line in (
@@ -172,9 +160,3 @@ def _video_lines(settings: Settings, source: str, is_named: bool) -> list[str]:
 
 
 _LINES = {"image": _image_lines, "audio": _audio_lines, "video": _video_lines}
-
-
-def yaml_scalar(text: str) -> str:
-    """A text as YAML reads it back."""
-    is_plain = re.fullmatch(r"[A-Za-z_./][\w./:-]*[\w/]", text) and text.lower() not in _YAML_WORDS
-    return text if is_plain else json.dumps(text, ensure_ascii=False)

@@ -31,13 +31,17 @@ def tile_features(body: Any, pixel_values: Tensor, *, is_nested: bool) -> Tensor
     """
     if hasattr(body, "pack_image_features"):
         return _unpacked_features(body, pixel_values)
-    method = body.get_image_features
-    known = inspect.signature(method).parameters
-    settings = {key: getattr(body.config, key) for key in _SETTINGS if key in known and hasattr(body.config, key)}
-    output = method(pixel_values=pixel_values[None] if is_nested else pixel_values, **settings, return_dict=True)
+    values = pixel_values[None] if is_nested else pixel_values
+    output = body.get_image_features(pixel_values=values, **method_settings(body), return_dict=True)
     soft = output.pooler_output
     soft = soft if isinstance(soft, Tensor) else torch.cat([one.flatten(0, -2) for one in soft])
     return soft.reshape(len(pixel_values), -1, soft.shape[-1])
+
+
+def method_settings(body: Any) -> dict[str, Any]:
+    """Return the values of a host's config that its `get_image_features` takes as arguments."""
+    known = inspect.signature(body.get_image_features).parameters
+    return {key: getattr(body.config, key) for key in _SETTINGS if key in known and hasattr(body.config, key)}
 
 
 def _unpacked_features(body: Any, pixel_values: Tensor) -> Tensor:
