@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from answer_lines import assert_same_answers
 from children import KILLED, mutate, run_child
 from pickles import hostile_files
 from world import STEPS, World, digests_of_run, problems_of_run
@@ -51,10 +52,11 @@ class Ground:
     """What rows share: a world, an uninterrupted run in it, and a folder for what they try."""
 
     folder: Path
+    world: World = field(init=False)
 
-    @cached_property
-    def world(self) -> World:
-        return World.make(self.folder / "world")
+    def __post_init__(self) -> None:
+        # Before any fork: a child that made it would make it anew, with other times of its media.
+        self.world = World.make(self.folder / "world")
 
     @cached_property
     def seconds(self) -> float:
@@ -169,6 +171,37 @@ def signals_in_training(ground: Ground, tries: int, rng: random.Random) -> Outco
 def _logged_steps(run: Path) -> int:
     log = run / "log.jsonl"
     return sum('"loss"' in line for line in log.read_text().splitlines()) if log.exists() else 0
+
+
+def kills_in_evaluation(ground: Ground, tries: int, rng: random.Random) -> Outcome:
+    """Kill -9 at a place or at any instant, then go on: the same answers, each once, in the same order."""
+    whole = ground.fresh("evaluated") / "out"
+    model, outcome = ground.run, Outcome()
+    reference = run_child(lambda: ground.world.evaluate(model, whole), ground.log)
+    assert reference.code == 0, reference.said
+    for number in range(tries):
+        out = ground.fresh("try") / "out"
+        work = lambda out=out: ground.world.evaluate(model, out)  # noqa: E731
+        problems = []
+        if number % 2:
+            point = ["evaluate.answered", "evaluate.kept"][number // 2 % 2]
+            ended = run_child(work, ground.log, fail_point=f"{point}:kill@{1 + number // 4 % 4}")
+            problems += [] if ended.code == KILLED else [f"ended with {ended.code}: {ended.said[-300:]}"]
+        else:
+            after = reference.seconds * rng.uniform(0.2, 1.0)
+            run_child(work, ground.log, signal_after=(after, signal.SIGKILL))
+        ended = run_child(work, ground.log)
+        problems += [ended.said[-300:]] if ended.code else _other_answers(whole, out)
+        outcome.add(problems, f"try {number}")
+    return outcome
+
+
+def _other_answers(whole: Path, out: Path) -> list[str]:
+    try:
+        assert_same_answers(whole / "hypotheses.jsonl", out / "hypotheses.jsonl")
+    except AssertionError as error:
+        return [f"other answers: {error}"]
+    return []
 
 
 def kills_in_feature_building(ground: Ground, tries: int, rng: random.Random) -> Outcome:
@@ -320,6 +353,7 @@ class Row:
 ROWS = {
     "kills at places": Row("kill -9 in training, at ten named places", 10, 100, kills_in_training_at_named_places),
     "kills at random": Row("kill -9 in training, at random instants", 4, 50, kills_in_training_at_random),
+    "kills in evaluation": Row("kill -9 in evaluation", 4, 20, kills_in_evaluation),
     "kills in features": Row("kill -9 while features are built", 4, 20, kills_in_feature_building),
     "full disks": Row("no space left while saving", 3, 15, full_disks_in_training),
     "signals": Row("SIGTERM, SIGINT, SIGUSR1, SIGHUP in training", 4, 50, signals_in_training),

@@ -15,7 +15,7 @@ from mllm.utils.fail_points import ACTIONS, FAIL_POINTS, InjectedError, arm, fai
 FOLDER = Path(__file__).parent
 PACKAGE = FOLDER.parent.parent / "mllm"
 ROWS = (
-    *("kills at places", "kills at random", "kills in features", "full disks", "signals"),
+    *("kills at places", "kills at random", "kills in evaluation", "kills in features", "full disks", "signals"),
     *("damaged files", "damaged media", "hostile checkpoints"),
 )
 

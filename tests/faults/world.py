@@ -7,8 +7,10 @@ from pathlib import Path
 
 import tiny
 
+from mllm.config.evaluation import EvaluationConfig
 from mllm.config.run import DataConfig, FeatureConfig, RunConfig, SamplerConfig, TrainConfig
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
+from mllm.evaluation.run import evaluate
 from mllm.training.feature_cache.building import make_features
 from mllm.training.folder_check import check_folder
 from mllm.training.run import train
@@ -62,6 +64,19 @@ class World:
     def train(self, out: Path, *, workers: int = 0, **changes: object) -> None:
         """Train, or go on."""
         train(self.config(out, workers=workers, **changes), resume="auto")
+
+    def evaluate(self, model: Path, out: Path) -> None:
+        """Evaluate a run, or go on."""
+        config = EvaluationConfig(
+            model=str(model),
+            manifest=[str(self.folder / "train.jsonl")],
+            budgets="audio=/4;audio=/8",
+            out=str(out),
+            batch_size=1,
+            max_new_tokens=4,
+            use_cpu=True,
+        )
+        evaluate(config)
 
     def make_features(self, folder: Path) -> None:
         """Encode all samples, or go on."""
