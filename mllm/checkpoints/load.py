@@ -7,7 +7,6 @@ the processor's files. Nothing is ever unpickled.
 """
 
 import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -36,7 +35,7 @@ from mllm.model.precision import read_dtype
 from mllm.model.trainables import set_trainables, trainable_names
 from mllm.processing.processor import ElasticProcessor
 from mllm.utils.fail_points import fail_point
-from mllm.utils.files import flush_to_disk, new_folder, writing
+from mllm.utils.files import flush_to_disk, folder_aside, new_folder
 from mllm.utils.run_paths import MODEL_ASIDE, NEWEST, PROCESSOR, model_folder, run_of
 from mllm.utils.sealing import MANIFEST, check_before_load, files_below, renew_seal, seal_folder, unchecked
 
@@ -96,20 +95,15 @@ def _write_into(folder: Path, write: Callable[[Path], None], *, num_bytes: int |
     Raises:
         WriteError: the disk refuses it; what was there is untouched, and nothing is left of what was begun.
     """
-    aside = folder / MODEL_ASIDE
-    try:
-        with writing(folder, num_bytes):
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            write(aside)
-            fail_point("model.written")
-            order = (TRAINABLES, MANIFEST)
-            for file in sorted(aside.iterdir(), key=lambda file: order.index(file.name) if file.name in order else -1):
-                fail_point("model.moving")
-                os.replace(file, folder / file.name)
-            flush_to_disk(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with folder_aside(folder / MODEL_ASIDE, folder, num_bytes=num_bytes) as aside:
+        write(aside)
+        fail_point("model.written")
+        files = [path.relative_to(aside) for path in aside.rglob("*") if path.is_file()]
+        for file in sorted(files, key=lambda file: (file.name == MANIFEST, file.name == TRAINABLES)):
+            fail_point("model.moving")
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)  # of a tokenizer with several chat templates
+            os.replace(aside / file, folder / file)
+        flush_to_disk(folder)
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:

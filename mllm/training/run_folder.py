@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.utils.fail_points import fail_point
-from mllm.utils.files import aside_of, flush_to_disk, writing
+from mllm.utils.files import aside_of, flush_to_disk, folder_aside
 from mllm.utils.run_paths import CHECKPOINT_NAME, MODEL_ASIDE, checkpoint_path, list_checkpoints
 from mllm.utils.sealing import check_files, files_below, read_manifest, seal_folder
 
@@ -71,23 +71,16 @@ def write_checkpoint(
             was begun. The message says how many bytes are needed and free.
     """
     final = checkpoint_path(run, step)
-    aside = aside_of(final)
-    try:
-        with writing(final, num_bytes):
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            write(aside)
-            fail_point("checkpoint.written")
-            seal_folder(aside, files_below(aside), {"step": step, "facts": facts})
-            fail_point("checkpoint.sealed")
-            if final.exists():  # left by a run that was resumed from an older step
-                _delete(final)
-            os.replace(aside, final)
-            fail_point("checkpoint.named")
-            flush_to_disk(run)
-    except Exception:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    with folder_aside(aside_of(final), final, num_bytes=num_bytes) as aside:
+        write(aside)
+        fail_point("checkpoint.written")
+        seal_folder(aside, files_below(aside), {"step": step, "facts": facts})
+        fail_point("checkpoint.sealed")
+        if final.exists():  # left by a run that was resumed from an older step
+            _delete(final)
+        os.replace(aside, final)
+        fail_point("checkpoint.named")
+        flush_to_disk(run)
     return final
 
 

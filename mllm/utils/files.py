@@ -102,6 +102,27 @@ def written_whole(path: str | os.PathLike[str], *, concurrent: bool = False) -> 
 
 
 @contextmanager
+def folder_aside(aside: Path, path: str | os.PathLike[str], *, num_bytes: int | None = None) -> Iterator[Path]:
+    """Give an empty folder to fill, whose files the block then puts in place; nothing of it is left afterwards.
+
+    Args:
+        aside: the folder; what a kill has left there is removed.
+        path: what is written, for the message; see `writing`.
+        num_bytes: how many bytes it takes, where that is known.
+
+    Raises:
+        WriteError: see `writing`.
+    """
+    try:
+        with writing(path, num_bytes):
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Make a folder for the block to fill; after an error it is as it was, not there or empty, so the same line works
     again.

@@ -107,6 +107,21 @@ def test_a_run_that_goes_on_renews_the_digests_of_its_processor(folder: Path) ->
     assert check_folder(folder / "run").problems == []
 
 
+def test_a_processor_with_a_folder_of_its_own_is_written_again(made: Path, tmp_path: Path) -> None:
+    """A tokenizer with several chat templates keeps them in a folder; a run writes it at its start and its end."""
+    model, processor = load(made / "run")
+    set_trainables(model, ("compressors", "adapter"))
+    processor.tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "before"}
+    save_processor(processor, tmp_path)
+    processor.tokenizer.chat_template["tool_use"] = "{{ tools }}"
+    save_run(model, processor, tmp_path)
+    save_processor(processor, tmp_path)
+    template = "additional_chat_templates/tool_use.jinja"
+    assert (tmp_path / template).read_text() == "{{ tools }}"
+    assert template in read_manifest(tmp_path)["files"]
+    assert check_folder(tmp_path).problems == []
+
+
 def test_a_model_without_digests_loads_and_the_check_says_that_it_has_none(folder: Path) -> None:
     (folder / "run" / MANIFEST).unlink()
     load(folder / "run")
