@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mllm.checkpoints.sources import digest_of, find_parts, resolve_source
 from mllm.training.run_folder import read_checkpoint
-from mllm.utils.run_paths import CHECKPOINT_NAME, CONFIG, list_checkpoints, run_of
+from mllm.utils.run_paths import BEST, CHECKPOINT_NAME, CONFIG, list_checkpoints, run_of
 from mllm.utils.sealing import MANIFEST, find_problems, read_manifest
 
 
@@ -44,6 +44,8 @@ def check_folder(folder: Path) -> CheckedFolder:
         raise ValueError(f"{folder} holds no model and no checkpoint: there is neither {MANIFEST} nor {CONFIG} in it")
     for checkpoint in checkpoints:
         _check_checkpoint(checked, checkpoint)
+    if (folder / BEST).is_dir():
+        _check_sealed(checked, folder / BEST)
     newest = next((home for home in (folder, *reversed(checkpoints)) if (home / CONFIG).is_file()), None)
     if newest is not None:
         _check_parts(checked, newest)

@@ -21,7 +21,7 @@ from typing import Any
 
 from mllm.utils.fail_points import fail_point
 from mllm.utils.files import aside_of, flush_to_disk, folder_aside
-from mllm.utils.run_paths import CHECKPOINT_NAME, MODEL_ASIDE, checkpoint_path, list_checkpoints
+from mllm.utils.run_paths import BEST, CHECKPOINT_NAME, MODEL_ASIDE, checkpoint_path, list_checkpoints
 from mllm.utils.sealing import check_files, files_below, read_manifest, seal_folder
 
 try:
@@ -122,8 +122,9 @@ def remove_leftovers(run: Path) -> None:
     for path in run.glob(".checkpoint-*"):
         if _ASIDE.fullmatch(path.name):
             _remove_leftover(path)
-    if (run / MODEL_ASIDE).exists():
-        _remove_leftover(run / MODEL_ASIDE)
+    for home in (run, run / BEST):
+        if (home / MODEL_ASIDE).exists():
+            _remove_leftover(home / MODEL_ASIDE)
 
 
 def _remove_leftover(folder: Path) -> None:

@@ -14,6 +14,7 @@ from mllm.cli import main
 from mllm.model.trainables import set_trainables
 from mllm.training.folder_check import check_folder
 from mllm.training.run_folder import write_checkpoint
+from mllm.utils.run_paths import BEST
 from mllm.utils.sealing import MANIFEST, read_manifest, unchecked
 
 
@@ -120,6 +121,17 @@ def test_a_processor_with_a_folder_of_its_own_is_written_again(made: Path, tmp_p
     assert (tmp_path / template).read_text() == "{{ tools }}"
     assert template in read_manifest(tmp_path)["files"]
     assert check_folder(tmp_path).problems == []
+
+
+def test_the_best_model_of_a_run_is_checked_with_it(folder: Path) -> None:
+    run = folder / "run"
+    model, processor = load(run)
+    set_trainables(model, ("compressors", "adapter"))
+    save_run(model, processor, run / BEST)
+    assert f"{run / BEST} is whole" in " ".join(check_folder(run).facts)
+    damage(run / BEST / TRAINABLES, random.Random(0))
+    (problem,) = check_folder(run).problems
+    assert problem.startswith(f"{run / BEST} is damaged: {TRAINABLES} has")
 
 
 def test_a_model_without_digests_loads_and_the_check_says_that_it_has_none(folder: Path) -> None:

@@ -19,7 +19,7 @@ from mllm.training.run_folder import (
     write_checkpoint,
 )
 from mllm.utils.files import WriteError
-from mllm.utils.run_paths import MODEL_ASIDE
+from mllm.utils.run_paths import BEST, MODEL_ASIDE
 from mllm.utils.sealing import MANIFEST
 
 FILES = {"weights": b"\x01" * 4000, "state.json": b"{}"}
@@ -194,11 +194,12 @@ def test_a_worker_that_outlives_a_killed_run_does_not_keep_its_lock(tmp_path: Pa
         os.kill(int(killed.stdout), 9)
 
 
-def test_what_a_kill_left_of_a_model_is_removed(tmp_path: Path) -> None:
-    (tmp_path / MODEL_ASIDE).mkdir()
-    (tmp_path / MODEL_ASIDE / "trainables.safetensors").write_bytes(b"half")
+@pytest.mark.parametrize("home", [".", BEST])
+def test_what_a_kill_left_of_a_model_is_removed(tmp_path: Path, home: str) -> None:
+    (tmp_path / home / MODEL_ASIDE).mkdir(parents=True)
+    (tmp_path / home / MODEL_ASIDE / "trainables.safetensors").write_bytes(b"half")
     remove_leftovers(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert list((tmp_path / home).iterdir()) == []
 
 
 def test_the_manifest_is_plain_json(tmp_path: Path) -> None:
