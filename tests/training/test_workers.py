@@ -25,6 +25,13 @@ def two_lines(index: int) -> Any:
     raise ValueError("first line\nsecond line")
 
 
+def quoted(index: int) -> Any:
+    try:
+        raise ValueError("no")
+    except ValueError as error:
+        raise ValueError(f"sample 'a' cannot be used: {type(error).__name__}: {error}") from error
+
+
 def killed(index: int) -> Any:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -47,6 +54,7 @@ class Failing(Dataset[Any]):
     [
         (too_many, TooManyBadSamples, r"^3 of 3 samples are bad: .*; the last: 'a', ValueError: no$"),
         (two_lines, ValueError, r"^first line\nsecond line$"),
+        (quoted, ValueError, r"^sample 'a' cannot be used: ValueError: no$"),
         (
             killed,
             ChildProcessError,

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 _CAUGHT = re.compile(r"Caught (?P<kind>\w+) in DataLoader worker process \d+\.\nOriginal Traceback")
+_TRACEBACK = "Traceback (most recent call last):"
 _GONE = re.compile(
     r"DataLoader worker \(pid(?:\(s\))? (?P<pids>[\d, ]+)\) (?:exited|is killed by signal: (?P<signal>\w+))"
 )
@@ -38,8 +39,10 @@ def readable_errors(batches: Iterator[Any]) -> Iterator[Any]:
 def _readable(error: Exception) -> Exception | None:
     text = str(error)
     if match := _CAUGHT.match(text):
-        last = text.rfind(f"{match['kind']}: ", match.end())
-        return type(error)(text[last:].removeprefix(f"{match['kind']}: ").strip()) if last >= 0 else None
+        # Of errors that led to each other the last is the one that was raised; its message may quote others.
+        last = text[text.rfind(_TRACEBACK) :]
+        raised = re.search(rf"^(?:\w+\.)*{match['kind']}: ", last, re.MULTILINE)
+        return type(error)(last[raised.end() :].strip()) if raised else None
     if match := _GONE.search(text):
         by = f" by {match['signal']}" if match["signal"] else ""
         return ChildProcessError(
