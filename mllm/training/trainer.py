@@ -12,7 +12,8 @@ Every random number of a step is a function of (seed, step, micro-batch, process
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from mllm.budget import Budget
 from mllm.budget.sampler import BudgetSampler
 from mllm.checkpoints.load import load_trainables, trainable_state
+from mllm.checkpoints.tensor_files import num_bytes_of
 from mllm.config.model import MomeConfig
 from mllm.model.modeling import ElasticForConditionalGeneration, Features, TargetLoss
 from mllm.model.trainables import is_sharded, trainable_names
@@ -70,6 +72,8 @@ from mllm.utils.files import digest_of_file
 from mllm.utils.json_text import json_text
 
 logger = logging.getLogger(__name__)
+SLOWEST_BYTES_PER_SECOND = 20 * 2**20
+"""Of a save on a disk that many write to; the watchdog leaves a process alone for as long as that takes."""
 Metric = Callable[[ElasticForConditionalGeneration, ElasticProcessor], Mapping[str, float]]
 """Metrics of answers by name; called on every process, with the model in eval mode."""
 
@@ -378,7 +382,7 @@ class ElasticTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_loss/{name}": value for name, value in losses.items()}
         metrics[f"{metric_key_prefix}_loss"] = sum(losses.values()) / len(losses)
         if self.validation.metric is not None:
-            note_activity("the metric of answers", is_watched=False)
+            note_activity("the metric of answers", extra_seconds=math.inf)
             extra = self.validation.metric(self.elastic, self.processor)
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in extra.items()}
         self.log(metrics)
@@ -393,6 +397,7 @@ class ElasticTrainer(Trainer):
         standing = selection.standing(self.state.log_history)
         if standing.is_best:
             trainables = self.trainables()
+            note_activity("keeping the best model", extra_seconds=_seconds_to_save(trainables.values()))
             if self.args.should_save:
                 keep_best(self.elastic, self.processor, self.args.run, trainables, standing)
             self.accelerator.wait_for_everyone()
@@ -423,8 +428,10 @@ class ElasticTrainer(Trainer):
         return trainable_state(self.elastic)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        note_activity(f"saving the checkpoint of step {self.state.global_step}")
+        note_activity(f"gathering the checkpoint of step {self.state.global_step}")
         trainables, moments = self.trainables(), self._moments()
+        seconds = _seconds_to_save([*trainables.values(), *moments.values()])
+        note_activity(f"saving the checkpoint of step {self.state.global_step}", extra_seconds=seconds)
         if self.args.should_save:
             schedule = cast(LRScheduler, self.lr_scheduler).state_dict()
             plain = {
@@ -487,6 +494,11 @@ class ElasticTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Do nothing: there is no generator state, see the file's docstring."""
+
+
+def _seconds_to_save(tensors: Iterable[Tensor]) -> float:
+    """Return how long it may take to write tensors and read them again for their digests; a hang takes longer."""
+    return num_bytes_of(tensors) / SLOWEST_BYTES_PER_SECOND
 
 
 def _plain(optimizer: Any) -> Optimizer:

@@ -11,6 +11,7 @@ Knows threads, processes and files. Does not know what a step is.
 
 import faulthandler
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -39,7 +40,7 @@ class Watchdog:
     Args:
         run: the run folder, in which processes tell each other.
         rank: of this process.
-        minutes: how long one thing may take.
+        minutes: how long one thing may take, beyond what it was noted to take.
     """
 
     def __init__(self, run: Path, *, rank: int, minutes: float) -> None:
@@ -64,7 +65,7 @@ class Watchdog:
             self._arm_last_resort()
             activity = current_activity()
             quiet = time.monotonic() - max(activity.since, self._started)
-            if activity.is_watched and quiet > self.seconds:
+            if quiet > self.seconds + activity.extra_seconds:
                 self._end(f"has not moved for {quiet:.0f} seconds (train.watchdog_minutes)")
             elif others := self._others_that_ended():
                 self._end(f"was told by {others[0].name}, after {quiet:.0f} seconds of this")
@@ -78,8 +79,9 @@ class Watchdog:
 
         It is put off as long as this thread runs.
         """
-        if sys.__stderr__ is not None and current_activity().is_watched:
-            faulthandler.dump_traceback_later(self.seconds + SECONDS_MORE, exit=True, file=sys.__stderr__)
+        seconds = self.seconds + current_activity().extra_seconds + SECONDS_MORE
+        if sys.__stderr__ is not None and math.isfinite(seconds):
+            faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
         else:
             faulthandler.cancel_dump_traceback_later()
 

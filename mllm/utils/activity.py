@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Activity:
-    """Says what is done, with which samples, since when, and whether it may last as long as it likes."""
+    """Says what is done, with which samples, since when, and how many seconds longer than usual it may last."""
 
     what: str
     sample_ids: tuple[str, ...] = ()
-    is_watched: bool = True
+    extra_seconds: float = 0.0
     since: float = field(default_factory=time.monotonic)
 
     def __str__(self) -> str:
@@ -28,14 +28,15 @@ MAX_SHOWN = 32
 _current = Activity("starting")
 
 
-def note_activity(what: str, sample_ids: Sequence[str] = (), *, is_watched: bool = True) -> None:
+def note_activity(what: str, sample_ids: Sequence[str] = (), *, extra_seconds: float = 0.0) -> None:
     """Note that something begins.
 
     Args:
-        is_watched: whether it is a sign of trouble when it takes long.
+        extra_seconds: how much longer it may take than others before that is a sign of trouble; infinity for a thing
+            of which nobody knows.
     """
     global _current
-    _current = Activity(what, tuple(sample_ids), is_watched)
+    _current = Activity(what, tuple(sample_ids), extra_seconds)
 
 
 def current_activity() -> Activity:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 from harness import log_rows, make_trainer, run_settings
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from mllm.cli import main
@@ -20,6 +21,8 @@ from mllm.config.run import DataConfig, RunConfig, TrainConfig, config_yaml
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.training.interruption import STOPPING, RunInterrupted, StopRequest, how_to_go_on, stopping_on_signals
 from mllm.training.run_folder import list_checkpoints, read_checkpoint
+from mllm.training.trainer import SLOWEST_BYTES_PER_SECOND
+from mllm.utils.activity import current_activity
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +163,21 @@ def test_nothing_is_promised_where_nothing_was_saved(tmp_path: Path) -> None:
     assert how_to_go_on(tmp_path, tmp_path / "settings.yaml") == (
         f"interrupted; {tmp_path} holds no checkpoint yet, so nothing is lost by starting anew"
     )
+
+
+class ActivityAtSave(TrainerCallback):
+    """Keeps what a training said of its save, which has just ended."""
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        self.activity = current_activity()
+
+
+def test_a_save_may_take_as_long_as_its_bytes_do(tmp_path: Path) -> None:
+    trainer = make_trainer(run_settings(tmp_path, tiny.settings(("audio",)), max_steps=1), kinds=[("audio",)])
+    trainer.add_callback(callback := ActivityAtSave())
+    trainer.train()
+    (checkpoint,) = list_checkpoints(tmp_path)
+    states = [load_file(file) for file in checkpoint.glob("*.safetensors")]
+    num_bytes = sum(tensor.nbytes for state in states for tensor in state.values())
+    assert callback.activity.what == "saving the checkpoint of step 1"
+    assert callback.activity.extra_seconds == num_bytes / SLOWEST_BYTES_PER_SECOND > 0

@@ -126,3 +126,25 @@ def test_a_run_in_which_nothing_moves_tells_what_every_process_does_and_ends(tmp
         assert "in stuck_decoder" in text
         assert "goes on from its newest checkpoint with --resume auto" in text
         assert "in wait_for_batches" in (tmp_path / f"stalled-{rank}.txt").read_text()
+
+
+# Something that takes two seconds, which is three times as long as anything may that has not said so.
+LASTS = """
+import sys, time
+from pathlib import Path
+from mllm.training import watchdog
+from mllm.utils.activity import note_activity
+watchdog.SECONDS_TO_TELL = 0.0
+with watchdog.watched(Path(sys.argv[1]), rank=0, minutes=0.01):
+    note_activity("saving", extra_seconds=float(sys.argv[2]))
+    time.sleep(2.0)
+"""
+
+
+@pytest.mark.parametrize(("extra_seconds", "code"), [("0", 3), ("60", 0), ("inf", 0)])
+def test_what_said_that_it_takes_longer_is_left_alone_for_that_time(
+    tmp_path: Path, extra_seconds: str, code: int
+) -> None:
+    """A checkpoint of a large model takes as long as its disk does."""
+    ended = subprocess.run([sys.executable, "-c", LASTS, str(tmp_path), extra_seconds], timeout=100, check=False)
+    assert ended.returncode == code
