@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from mllm.budget import Space
-from mllm.checkpoints.model_files import fingerprint_of_model
+from mllm.checkpoints.model_files import changed_files, fingerprint_of_model
 from mllm.config.router import RouterFitConfig
 from mllm.data.manifest import Sample
 from mllm.data.readers import read_data
@@ -57,9 +57,8 @@ def read_answers(settings: RouterFitConfig) -> Answers:
     folder = Path(settings.answers)
     if not (folder / HYPOTHESES).is_file():
         raise FileNotFoundError(f"{folder} holds no {HYPOTHESES}; answers names the folder of a finished evaluation")
-    then = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))["model"]
-    now = fingerprint_of_model(settings.model_folder)
-    if changed := sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name)):
+    answered = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))["model"]
+    if changed := changed_files(answered, fingerprint_of_model(settings.model_folder)):
         raise ValueError(f"{folder} holds answers of another model than {settings.model}: {', '.join(changed)} differ")
     for manifest in settings.manifest:
         refuse_training_data(manifest, settings.model_folder)
