@@ -7,7 +7,7 @@ a model is right more often, and the router would spare tokens that unseen pictu
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from mllm.evaluation.answer_store import FINGERPRINT, HYPOTHESES, Line
 from mllm.evaluation.answer_table import tables_of
 from mllm.inference.decoding import Decoding
 from mllm.inference.growth import grows
-from mllm.media import MediaLoader
+from mllm.media import MediaLoader, resolve_media
+from mllm.media.limits import digest_of_media
 from mllm.processing.processor import ElasticProcessor
 from mllm.router.features import MediaSet, features_of
 from mllm.router.router import Router, fit_media_router
@@ -144,19 +145,30 @@ def with_features(
 ) -> AnswerTable:
     """Return a table with the features of its questions; media are decoded for their sizes, and not encoded.
 
+    Its media keys are digests of the files' bytes: the same image under another path is the same image, when it is told
+    whether a router has seen it.
+
     Raises:
         MediaError: a file that cannot be read any more.
     """
     loader = MediaLoader(gray=True, limits=processor.limits)
     placeholders = list(processor.placeholder_ids.values())
     rows = []
+    contents: dict[Hashable, str] = {}
     for number, key in enumerate(table.sample_keys):
         sample = samples[key]
+        if sample.media_key not in contents:
+            files = (resolve_media(sample.root, part.path) for part in sample.media)
+            contents[sample.media_key] = "+".join(map(digest_of_media, files))
         media = processor.load_media(sample, loader=loader)
         row = processor.batch([sample], [media], for_training=False, with_values=False).rows[0]
         rows.append(features_of(model, row, placeholders))
         progress(number + 1, len(table))
-    return replace(table, features={name: np.stack([row[name] for row in rows]) for name in rows[0]})
+    return replace(
+        table,
+        media_keys=tuple(contents[samples[key].media_key] for key in table.sample_keys),
+        features={name: np.stack([row[name] for row in rows]) for name in rows[0]},
+    )
 
 
 def _check_trained(table: AnswerTable, space: Space) -> None:
