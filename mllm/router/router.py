@@ -76,13 +76,20 @@ class MediaRouter:
         """Translate a goal to a price.
 
         Raises:
-            ValueError: a goal that no price reached on the calibration data, or a loss that no certificate covers.
+            ValueError: a goal that no price reached on the calibration data or that was measured at other numbers of
+                growths, or a loss that no certificate covers.
         """
         if auto.goal == "price":
             return Policy(auto.value, max_growths)
         if auto.goal == "loss":
             return self._certified(auto.value, max_growths)
         points = [point for point in self.points if point.max_growths == max_growths]
+        if not points:
+            measured = " and ".join(map(str, sorted({point.max_growths for point in self.points})))
+            raise ValueError(
+                f"max_growths is {max_growths}, and this router's goals were measured at {measured}; take one of "
+                "these, or name a price"
+            )
         if auto.goal == "mean_tokens":
             reaching = [point for point in points if point.mean_tokens <= auto.value]
             if not reaching:

@@ -90,6 +90,13 @@ def test_a_table_holds_every_question_at_every_budget(folder: Path) -> None:
         for line in answers.lines
     ]
     assert len(tables_of(failed, answers.samples)["image",]) == len(table) - 1
+    nothing = [line | {"error": {}} for line in answers.lines]
+    for lines in (nothing, [line for line in nothing if line["budget"] == "image=4"]):
+        with pytest.raises(ValueError, match="none of 40 questions was answered at each of its budgets"):
+            tables_of(lines, answers.samples)
+    half = [line for line in answers.lines if (line["budget"] == "image=1") == line["id"].endswith("-count")]
+    with pytest.raises(ValueError, match="none of 40 questions was answered at each of image=1; image=4; image=64"):
+        tables_of(half, answers.samples)
 
 
 def test_auto_answers_at_trained_budgets_and_bills_what_was_read(folder: Path) -> None:

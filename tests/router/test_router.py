@@ -131,6 +131,10 @@ def test_goals_are_met_on_the_calibration_data(fitted: MediaRouter) -> None:
     assert fitted.policy(Auto("price", 0.0125)).price == 0.0125
     with pytest.raises(ValueError, match=r"mean_tokens<=0.5 cannot be met: this router needs at least 1"):
         fitted.policy(Auto("mean_tokens", 0.5))
+    assert fitted.policy(Auto("price", 0.0125), max_growths=1).max_growths == 1
+    for auto in (Auto(), Auto("quality", 0.5), Auto("mean_tokens", 30.0)):
+        with pytest.raises(ValueError, match=r"max_growths is 1, and this router's goals were measured at 0 and 2"):
+            fitted.policy(auto, max_growths=1)
 
 
 def test_the_grid_of_prices_ends_where_nothing_but_the_cheapest_pays(fitted: MediaRouter, answers: AnswerTable) -> None:
