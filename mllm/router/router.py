@@ -282,6 +282,15 @@ def router_for(folder: Path, budgets: Sequence[Budget]) -> Router | None:
     return load_router(folder) if any(budget.auto is not None for budget in budgets) else None
 
 
+def fitted_router(folder: Path) -> Router | None:
+    """Load the router of a model where one was fitted; None otherwise, and `auto` is refused where it is asked for.
+
+    Raises:
+        ValueError: as `load_router`.
+    """
+    return load_router(folder) if (folder / FILE).is_file() else None
+
+
 def fit_media_router(table: AnswerTable, *, is_nested: bool, blocks: Sequence[str] | None = None) -> MediaRouter:
     """Fit the router of one set of media on held-out answers.
 
