@@ -11,7 +11,9 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -76,6 +78,10 @@ def finish_launch() -> None:
     state = PartialState()
     state.wait_for_everyone()
     state.destroy_process_group()
+    if state.num_processes > 1 and threading.current_thread() is threading.main_thread():
+        # When the first of them has left with the code of an interruption, its launcher ends all others with SIGTERM, a
+        # few tenths of a second before they leave with the same code. They would leave with that of SIGTERM.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def gather_json(value: Any) -> list[Any]:

@@ -313,8 +313,8 @@ def hostile_checkpoints(ground: Ground, tries: int, rng: random.Random) -> Outco
     return outcome
 
 
-def cases_of(*files: str) -> Callable[[Ground, int, random.Random], Outcome]:
-    """Make a row of the test files that try the same: each case of them is a try."""
+def cases_of(*files: str, marks: str = "not slow") -> Callable[[Ground, int, random.Random], Outcome]:
+    """Make a row of the test files that try the same: each case of them is a try, or as many as it records."""
 
     def run(ground: Ground, tries: int, rng: random.Random) -> Outcome:
         report = ground.folder / "report.xml"
@@ -323,18 +323,22 @@ def cases_of(*files: str) -> Callable[[Ground, int, random.Random], Outcome]:
             "-m",
             "pytest",
             "-m",
-            "not slow",
+            marks,
             *files,
             f"--junit-xml={report}",
             "-p",
             "no:cacheprovider",
         ]
-        subprocess.run(command, cwd=TESTS.parent, capture_output=True, check=False)
+        subprocess.run(
+            command, cwd=TESTS.parent, env={**os.environ, "ALL_FAULTS": "1"}, capture_output=True, check=False
+        )
         outcome = Outcome()
         for case in ET.parse(report).iter("testcase"):
             if case.find("skipped") is None:
                 bad = [child.get("message", "") for child in case if child.tag in ("failure", "error")]
-                outcome.add(bad, case.get("name", ""))
+                tries = case.find("properties/property[@name='tries']")
+                for _ in range(1 if tries is None else int(tries.get("value", ""))):
+                    outcome.add(bad, case.get("name", ""))
         return outcome
 
     return run
@@ -365,6 +369,12 @@ ROWS = {
 FULL_ROWS = {
     "paths": Row("paths that lead outside of a root", 0, 0, cases_of("tests/media/test_media_paths.py")),
     "urls": Row("addresses and answers of hosts", 0, 0, cases_of("tests/serving/test_fetching.py")),
+    "two processes": Row(
+        "a signal to one of two processes, gradients that are no numbers, one that is stuck; DDP, ZeRO-2, ZeRO-3",
+        0,
+        0,
+        cases_of("tests/faults/test_two_processes.py", marks="slow"),
+    ),
     "foreign code": Row("code in checkpoints", 0, 0, cases_of("tests/checkpoints/test_foreign_code.py")),
 }
 """Rows of tests that CI runs by themselves; they have as many tries as cases."""
