@@ -244,14 +244,14 @@ def commands_of(arguments: argparse.Namespace, folder: Path) -> dict[str, list[s
     from mllm.checkpoints.load import export
 
     model = write_model(folder)
-    serve = [sys.executable, "-m", "mllm", "serve", "--port", "0", "--use_cpu", "--threads", str(arguments.threads)]
+    serve = [sys.executable, "-m", "mllm", "serve", "--port", "0", "--threads", str(arguments.threads)]
     commands = {
         "one at a time": [sys.executable, __file__, ONE_AT_A_TIME, str(model)],
-        "mllm serve": [*serve, "--measure_budgets", "false", "--model", str(model)],
+        "mllm serve": [*serve, "--use_cpu", "--measure_budgets", "false", "--model", str(model)],
     }
     if arguments.vllm:
         export(model, folder / "exported")
-        commands["mllm serve, vLLM"] = [*serve, "--engine", "vllm", "--model", str(folder / "exported")]
+        commands["mllm serve, vLLM"] = [*serve, "--engine", "vllm", "--name", "model", "--model", str(folder / "exported")]
     return commands
 
 
