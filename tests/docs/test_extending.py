@@ -90,11 +90,13 @@ def test_each_part_is_about_40_lines() -> None:
         assert len(code) <= MAX_LINES, f"{part} has {len(code)} lines"
 
 
+@pytest.mark.slow
 def test_the_parts_keep_their_contracts(said: dict[str, str]) -> None:
     assert re.search(r"\b7 passed\b", said["contracts"]), said["contracts"]
     assert "exit code 0" in said["contracts"]
 
 
+@pytest.mark.slow
 def test_a_run_trains_evaluates_and_answers_with_the_parts_as_printed(said: dict[str, str], folder: Path) -> None:
     lines = commands_of_the_page()
     assert [line.split()[1] for line in lines] == ["train", "evaluate", "generate"]
@@ -106,6 +108,7 @@ def test_a_run_trains_evaluates_and_answers_with_the_parts_as_printed(said: dict
     assert "soft tokens: image 9 (this budget was not trained)" in said[lines[2]]
 
 
+@pytest.mark.slow
 def test_a_key_of_another_kind_is_refused_by_name(said: dict[str, str]) -> None:
     assert "exit code 2" in said[REFUSED]
     assert "model.image.compressor.order" in said[REFUSED]

@@ -24,6 +24,8 @@ from mllm.processing.processor import LoadedMedia
 GOLDEN = Golden.read("omni_avsr")
 FACTS = GOLDEN.facts
 VARIANTS = list(FACTS["layouts"])
+QUICK = ("S/avg-pooling", "T/stack", "ST/avg-pooling")
+"""Variants that every run of the tests compares; the others, which hold the same in other pairs, are slow."""
 TASKS = {"audio": ("audio",), "video": ("video",), "audiovisual": ("audio", "video")}
 TABLE = "llm.model.embed_tokens.weight"
 SPECIAL = {token_id: token for token, token_id in FACTS["special_tokens"].items()}
@@ -75,7 +77,10 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: str(folder / name) for name in ("llm", "whisper")}
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(
+    scope="module",
+    params=[variant if variant in QUICK else pytest.param(variant, marks=pytest.mark.slow) for variant in VARIANTS],
+)
 def case(request: pytest.FixtureRequest, sources: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The variant, and the model and the processor of its run folder."""
     folder: Path = tmp_path_factory.mktemp("omni")

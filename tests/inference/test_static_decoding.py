@@ -32,7 +32,16 @@ def whole_graph() -> CompileConfig:
     return config
 
 
-@pytest.mark.parametrize(("adapter", "llm"), [*((name, "llama") for name in ADAPTERS), ("lora", "qwen2")])
+@pytest.mark.parametrize(
+    ("adapter", "llm"),
+    [
+        *(("lora", "llama"), ("mome", "llama")),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("none", "llama"), ("lora_bank", "llama"), ("lora", "qwen2"))
+        ),
+    ],
+)
 def test_a_step_is_one_graph_and_finds_the_same_ids(adapter: str, llm: str) -> None:
     config = replace(tiny.settings(("image", "audio"), adapter=False), adapter=ADAPTERS[adapter])
     model, processor = build(config, LLMS[llm]), tiny.processor(config)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import soundfile
 from PIL import Image
 
@@ -27,6 +28,7 @@ MIB = 1024
 """In the unit of `ru_maxrss`, KiB."""
 
 
+@pytest.mark.slow
 def test_the_largest_files_that_are_read_take_a_bounded_multiple_of_what_they_hold(tmp_path: Path) -> None:
     """Pillow keeps 4 bytes per pixel, so one image of 36 million pixels is 137 MiB; one with alpha is there twice."""
     rows = np.zeros((6_000, 6_000), np.uint8)

@@ -105,7 +105,7 @@ ADAPTERS = {
     "whisper pool bank": LoraBankConfig(variant="mss", rank=4, alpha=8),
     "whisper pool mome": MomeConfig(num_experts=4, top_k=2, bottleneck=4),
 }
-QUICK = ("clip pool", "clip query", "whisper pool marks", "hubert pool", "lips stack")
+QUICK = ("clip pool", "whisper pool marks", "lips stack")
 FITTED = {
     *("clip pool", "clip pool haar", "clip pool per budget", "clip query", "naflex pool", "dinov2 pool"),
     *("whisper pool", "whisper pool per budget", "whisper stack", "hubert pool", "hubert large stack"),

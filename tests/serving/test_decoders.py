@@ -106,6 +106,7 @@ def test_a_decoder_stops_when_nobody_waits(pool: DecoderPool, files: Files) -> N
     assert PooledLoader(pool=pool)("image", files[0]["image"])
 
 
+@pytest.mark.slow
 def test_memory_of_a_decoder_is_bounded(files: Files) -> None:
     import io
 

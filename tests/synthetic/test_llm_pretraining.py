@@ -191,6 +191,7 @@ def test_the_shipped_tokenizer_is_the_one_that_is_built(shipped, tokenizer) -> N
     assert shipped[1].pad_token == "<pad>"
 
 
+@pytest.mark.slow
 def test_the_shipped_llm_answers_questions_on_descriptions_of_held_out_scenes(shipped) -> None:
     """A question of every kind on scenes of the test split, which no pre-training has read."""
     model, tokenizer = shipped

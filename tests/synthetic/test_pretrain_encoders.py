@@ -45,6 +45,7 @@ def test_the_audio_encoder_starts_by_looking_a_few_frames_aside() -> None:
         assert looked_at[:, 20:-20].unique(dim=1).flatten().tolist() == [-2 * depth, -depth, depth, 2 * depth]
 
 
+@pytest.mark.slow
 def test_a_run_writes_what_transformers_loads_and_the_same_again(tmp_path: Path) -> None:
     for name in ("first", "second"):
         pretrain_audio(tmp_path / name, recipe=QUICK, num_utterances=3, num_test_utterances=2, babble_seconds=3)

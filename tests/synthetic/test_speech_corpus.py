@@ -68,6 +68,7 @@ def test_splits_share_no_sentence_and_no_voice(corpus: Path) -> None:
     assert all(np.abs(np.corrcoef(a, b)[0, 1]) < 0.2 for a, b in combinations(babble, 2))
 
 
+@pytest.mark.slow
 def test_two_workers_write_what_one_writes(corpus: Path, tmp_path: Path) -> None:
     write_speech_corpus(tmp_path, SETTINGS, num_workers=2)
     names = sorted(path.relative_to(corpus) for path in corpus.rglob("*") if path.is_file())

@@ -85,7 +85,7 @@ def files_run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(settings_of(world, tmp_path_factory.mktemp("run") / "files"))
 
 
-@pytest.mark.parametrize("made_before", [False, True])
+@pytest.mark.parametrize("made_before", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_with_a_version_per_epoch_nothing_but_the_speed_changes(
     world: Path, files_run: Path, tmp_path: Path, made_before: bool
 ) -> None:
@@ -373,7 +373,7 @@ def validated_run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return train(settings_of(world, tmp_path_factory.mktemp("validated") / "files", **validated(world)))
 
 
-@pytest.mark.parametrize("num_processes", [0, 2])
+@pytest.mark.parametrize("num_processes", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_validation_says_the_same_with_features_as_without(
     world: Path, validated_run: Path, tmp_path: Path, num_processes: int
 ) -> None:

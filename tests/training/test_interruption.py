@@ -56,6 +56,7 @@ def started(words: list[str], folder: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_saves_its_step_and_the_line_it_tells_goes_on(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +154,7 @@ with stopping_on_signals(request):
 """
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_a_run_at_once() -> None:
     done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=200)
     assert done.returncode == 128 + signal.SIGTERM, done.stderr

@@ -104,6 +104,7 @@ def started(run: Path, rank: int, minutes: float) -> subprocess.Popen[str]:
     return subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_run_in_which_nothing_moves_tells_what_every_process_does_and_ends(tmp_path: Path) -> None:
     """The second process would wait for ten minutes; it hears of the first one's end."""
     waits, stuck = started(tmp_path, 1, 10.0), None

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import tiny
 
 from mllm.checkpoints.build import build
@@ -48,6 +49,7 @@ def test_importing_says_nothing_of_them(tmp_path: Path) -> None:
     assert "is left out" not in run_beside_broken_packages(tmp_path, LIGHT)
 
 
+@pytest.mark.slow
 def test_names_registration_and_an_answer_do_without_them(tmp_path: Path) -> None:
     model, processor = build(tiny.settings_on(tiny.write_parts(tmp_path / "parts"), ["audio"]))
     set_trainables(model)
