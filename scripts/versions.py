@@ -195,7 +195,7 @@ def show_moved() -> None:
 
 def beside_vllm() -> list[str]:
     """List vLLM, and what else its environment needs."""
-    return [VLLM, *(str(one) for one in declared(("test",)) if one.name not in PINNED_BY_VLLM)]
+    return [VLLM, *(str(one) for one in declared(("test", "page")) if one.name not in PINNED_BY_VLLM)]
 
 
 def _say(line: str) -> None:
