@@ -251,15 +251,8 @@ def commands_of(arguments: argparse.Namespace, folder: Path) -> dict[str, list[s
     }
     if arguments.vllm:
         export(model, folder / "exported")
-        commands["mllm serve, vLLM"] = [
-            *serve,
-            "--engine",
-            "vllm",
-            "--name",
-            "model",
-            "--model",
-            str(folder / "exported"),
-        ]
+        words = ("--engine", "vllm", "--name", "model", "--model", str(folder / "exported"))
+        commands["mllm serve, vLLM"] = [*serve, *words]
     return commands
 
 
