@@ -3,6 +3,7 @@
 Knows names of files. Does not know what is in them.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from mllm.checkpoints.load import TRAINABLES
@@ -31,6 +32,11 @@ def fingerprint_of_model(folder: Path) -> dict[str, str]:
         OSError: a file that cannot be read.
     """
     return {file.name: digest_of_file(file) for file in files_of_model(folder)}
+
+
+def changed_files(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """List the names at which two fingerprints differ; one that either lacks is among them."""
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
 
 
 def files_of_model(folder: Path) -> list[Path]:

@@ -57,8 +57,7 @@ def run(settings: Settings) -> int:
     from mllm.inference.answerer import Answerer, Decoding
     from mllm.inference.chat import ChatSession
     from mllm.media import MediaLoader
-    from mllm.router.router import FILE as ROUTER
-    from mllm.router.router import load_router
+    from mllm.router.router import fitted_router
 
     decoding = Decoding.of(settings)
     quiet_loading()
@@ -71,7 +70,7 @@ def run(settings: Settings) -> int:
         decoding,
         loader=loader,
         long_audio=settings.read_long_audio(),
-        router=load_router(folder) if (folder / ROUTER).is_file() else None,  # the budget may become auto
+        router=fitted_router(folder),  # the budget may become auto
         request_costs=ModelCosts(model, processor, folder),
     )
     session = ChatSession(answerer, Budget.parse(settings.budget), settings.history)

@@ -70,7 +70,7 @@ def run(settings: Settings) -> int:
     from mllm.inference.answerer import Answerer, Decoding
     from mllm.inference.request_list import ListedRequest, read_request_list
     from mllm.media import MediaLoader
-    from mllm.router.router import router_for
+    from mllm.router.router import fitted_router, router_for
 
     decoding = Decoding.of(settings)
     requests = None if settings.inputs is None else read_request_list(settings.inputs)
@@ -78,7 +78,8 @@ def run(settings: Settings) -> int:
     model, processor = load_for(settings)
     loader = MediaLoader(gray=True, max_mismatch_seconds=settings.max_mismatch_seconds, limits=settings.limits)
     default, folder = Budget.parse(settings.budget), settings.model_folder
-    budgets = [default, *(one.budget for one in requests or () if isinstance(one, ListedRequest) and one.budget)]
+    named = [one.budget for one in requests or () if isinstance(one, ListedRequest) and one.budget is not None]
+    wants_router = any(budget.auto is not None for budget in named)  # without one, those lines alone are refused
     answerer = Answerer(
         model,
         processor,
@@ -86,7 +87,7 @@ def run(settings: Settings) -> int:
         settings.batch_size,
         loader=loader,
         long_audio=settings.read_long_audio(),
-        router=router_for(folder, budgets),
+        router=router_for(folder, [default]) or (fitted_router(folder) if wants_router else None),
         request_costs=ModelCosts(model, processor, folder),
     )
     if requests is not None:

@@ -97,7 +97,7 @@ def facts_of_answers(answers: Sequence["Answer"], *, is_open: bool) -> list[str]
         shared = f" ({answer.num_shared_tokens} of them shared)" if answer.num_shared_tokens else ""
         prompt = f"prompt {answer.num_prompt_tokens}{shared}"
         before = ", ".join(str(one.budget) for one in answer.discarded)
-        chosen = f" at {answer.budget}{f', after {before}' if before else ''}" if is_open else ""
+        chosen = f" at {answer.budget}{f', after {before}' if before else ''}" if is_open and str(answer.budget) else ""
         lines.append(f"soft tokens: {used}{chosen}{trained}; {prompt}, answer {answer.num_new_tokens}")
     if (time := answers[0].timing) is not None:
         of = f" of all {len(answers)} together" if len(answers) > 1 else ""

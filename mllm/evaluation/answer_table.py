@@ -40,7 +40,8 @@ def tables_of(lines: Sequence[Line], samples: Mapping[tuple[str, str], Sample]) 
         samples: by set and id.
 
     Raises:
-        ValueError: lines without confidences, which an earlier release wrote.
+        ValueError: lines without confidences, which an earlier release wrote, or no question about some media that was
+            answered at all budgets.
     """
     answers: dict[MediaSet, dict[QuestionKey, dict[str, Line]]] = {}
     for line in lines:
@@ -64,6 +65,11 @@ def _table(answers: Mapping[QuestionKey, Mapping[str, Line]], samples: Mapping[t
             tokens.setdefault(budget, []).append(sum(line["tokens"].values()))
     budgets = sorted(tokens, key=lambda budget: sum(tokens[budget]) / len(tokens[budget]))
     whole = {key: of_question for key, of_question in answers.items() if len(of_question) == len(budgets)}
+    if not budgets or not whole:
+        raise ValueError(
+            f"none of {len(answers)} questions was answered at each of {'; '.join(budgets) or 'its budgets'}; what "
+            "failed stands in the evaluation's lines"
+        )
     rows = [[of_question[budget] for budget in budgets] for of_question in whole.values()]
     has_flops = all(line["cost"] is not None for row in rows for line in row)
 

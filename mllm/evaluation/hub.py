@@ -23,6 +23,8 @@ UPLOADED = (
     *("adapter/*", "adapters/*/*", "experts.json", "experts/*/*", CARD),
 )
 """What makes a model; checkpoints, logs, data, answers and settings, which name files of this machine, are not."""
+VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json")
+"""Hold tokens, of which `/` and `/usr` may be some, and no path."""
 
 
 def files_to_upload(folder: Path) -> list[str]:
@@ -57,7 +59,7 @@ def stage(folder: Path, staging: Path, *, repo: str, licence: str | None = None)
     for path in files_to_upload(folder):
         target = staging / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        if path.endswith(".json"):
+        if path.endswith(".json") and path not in VOCABULARIES:
             values = json.loads((folder / path).read_text(encoding="utf-8"))
             target.write_text(json.dumps(_without_paths(values), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         else:

@@ -56,7 +56,7 @@ def card_of(run: Path, *, repo: str | None = None, licence: str | None = None, i
         raise FileNotFoundError(f"{run} holds no {CONFIG}; a card is written of a finished run")
     config = json.loads((run / CONFIG).read_text(encoding="utf-8"))
     settings = _settings(run)
-    parts, results = parts_of(config), read_results(run)
+    parts, results = parts_of(config), _without_folders(read_results(run))
     data = ModelCardData(
         license=licence,
         tags=["mllm", "elastic", *sorted(config.get("media") or {})],
@@ -195,6 +195,19 @@ def _eval_results(results: Rows) -> list[EvalResult] | None:
         if row.get("kind") is None and row.get("value") is not None
     ]
     return found or None
+
+
+def _without_folders(results: Rows) -> Rows:
+    """Cut sets that are called by their paths down to as many last parts as tell them apart."""
+    names = {str(row["set"]) for row in results}
+
+    def shown(name: str, depth: int) -> str:
+        return "/".join(Path(name).parts[-depth:]) if Path(name).is_absolute() else name
+
+    depth = 1
+    while len({shown(name, depth) for name in names}) < len(names):
+        depth += 1
+    return [{**row, "set": shown(str(row["set"]), depth)} for row in results]
 
 
 def _task(row: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ a model is right more often, and the router would spare tokens that unseen pictu
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from mllm.budget import Space
-from mllm.checkpoints.model_files import fingerprint_of_model
+from mllm.checkpoints.model_files import changed_files, fingerprint_of_model
 from mllm.config.router import RouterFitConfig
 from mllm.data.manifest import Sample
 from mllm.data.readers import read_data
@@ -24,7 +24,8 @@ from mllm.evaluation.answer_store import FINGERPRINT, HYPOTHESES, Line
 from mllm.evaluation.answer_table import tables_of
 from mllm.inference.decoding import Decoding
 from mllm.inference.growth import grows
-from mllm.media import MediaLoader
+from mllm.media import MediaLoader, resolve_media
+from mllm.media.limits import digest_of_media
 from mllm.processing.processor import ElasticProcessor
 from mllm.router.features import MediaSet, features_of
 from mllm.router.router import Router, fit_media_router
@@ -57,9 +58,8 @@ def read_answers(settings: RouterFitConfig) -> Answers:
     folder = Path(settings.answers)
     if not (folder / HYPOTHESES).is_file():
         raise FileNotFoundError(f"{folder} holds no {HYPOTHESES}; answers names the folder of a finished evaluation")
-    then = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))["model"]
-    now = fingerprint_of_model(settings.model_folder)
-    if changed := sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name)):
+    answered = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))["model"]
+    if changed := changed_files(answered, fingerprint_of_model(settings.model_folder)):
         raise ValueError(f"{folder} holds answers of another model than {settings.model}: {', '.join(changed)} differ")
     for manifest in settings.manifest:
         refuse_training_data(manifest, settings.model_folder)
@@ -145,19 +145,30 @@ def with_features(
 ) -> AnswerTable:
     """Return a table with the features of its questions; media are decoded for their sizes, and not encoded.
 
+    Its media keys are digests of the files' bytes: the same image under another path is the same image, when it is told
+    whether a router has seen it.
+
     Raises:
         MediaError: a file that cannot be read any more.
     """
     loader = MediaLoader(gray=True, limits=processor.limits)
     placeholders = list(processor.placeholder_ids.values())
     rows = []
+    contents: dict[Hashable, str] = {}
     for number, key in enumerate(table.sample_keys):
         sample = samples[key]
+        if sample.media_key not in contents:
+            files = (resolve_media(sample.root, part.path) for part in sample.media)
+            contents[sample.media_key] = "+".join(map(digest_of_media, files))
         media = processor.load_media(sample, loader=loader)
         row = processor.batch([sample], [media], for_training=False, with_values=False).rows[0]
         rows.append(features_of(model, row, placeholders))
         progress(number + 1, len(table))
-    return replace(table, features={name: np.stack([row[name] for row in rows]) for name in rows[0]})
+    return replace(
+        table,
+        media_keys=tuple(contents[samples[key].media_key] for key in table.sample_keys),
+        features={name: np.stack([row[name] for row in rows]) for name in rows[0]},
+    )
 
 
 def _check_trained(table: AnswerTable, space: Space) -> None:

@@ -150,8 +150,11 @@ def compare_routers(
 def _check_apart(fitted: AnswerTable, test: AnswerTable) -> None:
     if fitted.budgets != test.budgets:
         raise ValueError("answers and test_answers are at different budgets; evaluate both at the same")
-    if common := set(fitted.media_keys) & set(test.media_keys):
-        raise ValueError(f"test_manifest holds {min(common)}, which is in manifest too; judge on other media")
+    known = set(fitted.media_keys)
+    if common := [id_ for (_, id_), key in zip(test.sample_keys, test.media_keys, strict=True) if key in known]:
+        raise ValueError(
+            f"test_manifest holds sample {common[0]!r}, whose media are in manifest too; judge on other media"
+        )
 
 
 def _sets(tables: Collection[MediaSet]) -> str:

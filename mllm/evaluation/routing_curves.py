@@ -151,8 +151,8 @@ class Interval(NamedTuple):
 
 def interval_of(values: Sequence[float]) -> Interval:
     """Make an interval of a value, the first, and its bootstrap samples; infinity counts as the largest value."""
-    samples = np.sort(np.nan_to_num(np.asarray(values[1:], float), nan=math.nan, posinf=math.inf))
-    samples = samples[~np.isnan(samples)]
+    samples = np.asarray(values[1:], float)
+    samples = np.sort(samples[~np.isnan(samples)])
     if len(samples) == 0:
         return Interval(values[0], math.nan, math.nan)
     # The nearest sample, not a value between two, since between a number and infinity there is none.

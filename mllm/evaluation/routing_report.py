@@ -81,13 +81,14 @@ class Sides:
     Args:
         calibration, test: of different images or clips.
         predictions: by name of the router, of calibration and test.
-        held_out: of a router that was not fitted on the kind of each question; None where there is but one kind.
+        held_out: of the test, by a router that was not fitted on the kind of each question; None where there is but one
+            kind.
     """
 
     calibration: AnswerTable
     test: AnswerTable
     predictions: Mapping[str, tuple[Predictions, Predictions]]
-    held_out: tuple[Predictions, Predictions] | None = None
+    held_out: Predictions | None = None
 
 
 @dataclass(frozen=True)
@@ -208,29 +209,21 @@ def _with_shuffled_questions(table: AnswerTable, seed: int) -> AnswerTable:
     return dataclasses.replace(table, features=features)
 
 
-def _predict_held_out(
-    fitted: AnswerTable, test: AnswerTable, kinds: Sequence[str]
-) -> tuple[Predictions, Predictions] | None:
+def _predict_held_out(fitted: AnswerTable, test: AnswerTable, kinds: Sequence[str]) -> Predictions | None:
     """Predict the questions of each kind by heads that were fitted on the other kinds; None where too few are left."""
-    sides = [_empty_predictions(table) for table in (fitted, test)]
+    n, num_budgets = test.utility.shape
+    predictions = Predictions(np.zeros((n, num_budgets)), np.zeros((n, num_budgets, num_budgets)))
     for kind in kinds:
         others = fitted.take(np.flatnonzero(np.array(fitted.kinds) != kind))
         try:
             folds_of(others)
         except ValueError:
             return None
-        heads = fit_heads(others)
-        for table, predictions in zip((fitted, test), sides, strict=True):
-            rows = np.flatnonzero(np.array(table.kinds) == kind)
-            part = table.take(rows)
-            predicted = heads.predict(part.features, part.confidence)
-            predictions.before[rows], predictions.after[rows] = predicted.before, predicted.after
-    return sides[0], sides[1]
-
-
-def _empty_predictions(table: AnswerTable) -> Predictions:
-    n, num_budgets = table.utility.shape
-    return Predictions(np.zeros((n, num_budgets)), np.zeros((n, num_budgets, num_budgets)))
+        rows = np.flatnonzero(np.array(test.kinds) == kind)
+        part = test.take(rows)
+        predicted = fit_heads(others).predict(part.features, part.confidence)
+        predictions.before[rows], predictions.after[rows] = predicted.before, predicted.after
+    return predictions
 
 
 # ---- families ----
@@ -243,7 +236,7 @@ def families_of(sides: Sides, setup: Setup, *, second: AnswerTable | None = None
         second: independent answers to the test's questions, for an oracle that does not choose by luck.
     """
     calibration, test, unit = sides.calibration, sides.test, setup.unit
-    prices = price_grid(float(calibration.cost(unit)[:, -1].mean())).tolist()
+    prices = _prices(calibration, unit)
     quantiles = np.quantile(calibration.confidence, np.linspace(0, 1, NUM_THRESHOLDS))
     thresholds = [*np.unique(quantiles).tolist(), math.inf]
     families = [
@@ -267,6 +260,10 @@ def families_of(sides: Sides, setup: Setup, *, second: AnswerTable | None = None
         chosen = oracle_reads(test, prices, unit, known=second.utility)
         families.append(Family("oracle that chooses by independent answers", chosen))
     return [*families, Family(ORACLE, oracle_reads(test, prices, unit))]
+
+
+def _prices(calibration: AnswerTable, unit: Unit) -> list[float]:
+    return price_grid(float(calibration.cost(unit)[:, -1].mean())).tolist()
 
 
 # ---- judging ----
@@ -379,13 +376,18 @@ def judge_kinds(families: Sequence[Family], sides: Sides, setup: Setup) -> list[
     assert router.calibration is not None
     costs, utilities = _points(router.calibration, sides.calibration, setup)
     chosen = _price_at(costs.mean(axis=1), utilities.mean(axis=1), float(sides.calibration.utility[:, -1].mean()))
+    held_out = None
+    if sides.held_out is not None:
+        policy = Policy(_prices(sides.calibration, setup.unit)[chosen])
+        (held_out,) = router_reads(sides.test, sides.held_out, [policy], setup.unit, is_nested=setup.is_nested)
     rows = []
     for kind in sorted(set(sides.test.kinds)):
         learned, judged = (np.flatnonzero(np.array(table.kinds) == kind) for table in (sides.calibration, sides.test))
         if len(learned) == 0:
             continue
         part = dataclasses.replace(sides, calibration=sides.calibration.take(learned), test=sides.test.take(judged))
-        rows.append(_kind_row(kind, router.take(learned, judged), part, setup, chosen, judged))
+        of_kind = None if held_out is None else held_out.take(judged)
+        rows.append(_kind_row(kind, router.take(learned, judged), part, setup, chosen, of_kind))
     return rows
 
 
@@ -395,26 +397,20 @@ def _price_at(costs: Array, utilities: Array, utility: float) -> int:
     return int(reaches[np.argmin(costs[reaches])]) if len(reaches) else int(np.argmax(utilities))
 
 
-def _kind_row(kind: str, router: Family, part: Sides, setup: Setup, chosen: int, judged: NDArray[np.intp]) -> KindRow:
+def _kind_row(kind: str, router: Family, part: Sides, setup: Setup, chosen: int, held_out: Reads | None) -> KindRow:
+    """Compute the line of one kind, whose questions alone are in the families and tables."""
     test = part.test
     fixed_costs, fixed_utilities = test.cost(setup.unit).mean(axis=0), test.utility.mean(axis=0)
     best = int(np.argmax(fixed_utilities))
     costs, utilities = _points(_points_in_use(router, part, setup), test, setup)
     curve = Curve.through(costs.mean(axis=1), utilities.mean(axis=1))
-    held_out = None
-    if part.held_out is not None:
-        of_test = Predictions(part.held_out[1].before[judged], part.held_out[1].after[judged])
-        policy = Policy(price_grid(float(part.calibration.cost(setup.unit)[:, -1].mean())).tolist()[chosen])
-        held_out = _mean_point(
-            router_reads(test, of_test, [policy], setup.unit, is_nested=setup.is_nested)[0], test, setup
-        )
     return KindRow(
         kind=kind or "(none)",
         num_questions=len(test),
         best_fixed=(float(fixed_utilities[best]), float(fixed_costs[best])),
         cost_of_router=curve.cost_of(float(fixed_utilities[best])),
         at_price=_mean_point(router.test[chosen], test, setup),
-        held_out=held_out,
+        held_out=None if held_out is None else _mean_point(held_out, test, setup),
     )
 
 

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm.budget import Budget, BudgetInput, TokenCount
+from mllm.budget import Budget, BudgetInput
 from mllm.config.long_audio import LongAudio
 from mllm.data.manifest import Sample
 from mllm.inference.automatic import answer_open, encode_batch
 from mllm.inference.decoding import Decoding, generate_answers
 from mllm.inference.grouping import group_by, number_per_batch
-from mllm.inference.growth import GrowingPrompt, grows, num_kept, num_soft, positions_of
+from mllm.inference.growth import GrowingPrompt, grows, kept_tokens
 from mllm.inference.long_audio import Window, join_answers, lengths_of, load_windows
 from mllm.inference.progressive import ProgressiveSession
 from mllm.inference.reading import read_request
@@ -102,13 +102,12 @@ class Answerer:
             self.router,
             self.request_costs,
             self.max_growths,
-            kept_tokens=self._kept_tokens if grows(self.model, self.processor, self.decoding) else None,
+            kept_tokens=(
+                partial(kept_tokens, processor=self.processor)
+                if grows(self.model, self.processor, self.decoding)
+                else None
+            ),
         )
-
-    def _kept_tokens(self, row: EncodedSample, before: Sequence[TokenCount], after: Sequence[TokenCount]) -> int:
-        """Counts the soft tokens that a prompt with larger counts has in common with one with smaller ones."""
-        positions = [positions_of(row, counts, self.processor, is_nested=True) for counts in (before, after)]
-        return sum(num_soft(positions[1][: num_kept(*positions)]).values())
 
     def answer(
         self,

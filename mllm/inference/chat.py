@@ -114,8 +114,7 @@ class ChatSession:
 
     def _answer(self, asked: Request, on_text: Callable[[str], None] | None) -> Answer:
         answerer, sample = self.answerer, asked.sample
-        # How an image is cut depends on the budget; everything else is the same at any.
-        key = (sample.media_key, self.budget if answerer.processor.tiling is not None else None)
+        key = (sample.media_key, self.budget if answerer.processor.loads_by_budget else None)
         if self._encoded is not None and self._encoded[0] == key:
             windows = self._encoded[1]
         else:

@@ -11,10 +11,13 @@ tiles, behind those of the first that grows. A session about one image, with man
 Shapes: S positions of a prompt, n of them kept, H the LLM's width.
 """
 
+import itertools
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -90,6 +93,25 @@ def num_soft(positions: Sequence[Position]) -> dict[str, int]:
     """Count soft tokens by medium."""
     found = [position.medium for position in positions if isinstance(position, SoftToken)]
     return {medium: found.count(medium) for medium in MEDIA if medium in found}
+
+
+def kept_tokens(
+    row: EncodedSample, counts: Sequence[Sequence[TokenCount]], processor: ElasticProcessor
+) -> NDArray[np.float64]:
+    """Count the soft tokens that prompts at P counts have in common where smaller budgets begin larger ones.
+
+    Args:
+        counts: by prompt, smallest first, of every medium.
+
+    Returns:
+        (P, P) of the prompt in the column behind that in the row; zero where that is no larger.
+    """
+    prompts = [positions_of(row, one, processor, is_nested=True) for one in counts]
+    kept = np.zeros((len(prompts), len(prompts)))
+    for before, after in itertools.combinations(range(len(prompts)), 2):
+        common = prompts[after][: num_kept(prompts[before], prompts[after])]
+        kept[before, after] = sum(num_soft(common).values())
+    return kept
 
 
 class GrowingPrompt:

@@ -146,8 +146,7 @@ def _load(answerer: Answerer, line: ListedRequest, default: Budget, windows: dic
     request = requests_about(files, [line.text], processor)[0]
     sample = replace(request.sample, id=f"line {line.line_number}")
     budget = _budget_of(line, default, sample)
-    # How an image is cut depends on the budget; everything else is the same at any.
-    key = (sample.media_key, budget if processor.tiling is not None else None)
+    key = (sample.media_key, budget if processor.loads_by_budget else None)
     if key not in windows:
         named = Request(sample, request.names, request.in_memory)
         budgets = answerer.chooser.candidates(budget, [part.medium for part in sample.media])

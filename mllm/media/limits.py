@@ -4,17 +4,20 @@ Every limit is enforced twice: from what the header claims, and again by countin
 Knows bytes, signatures and numbers. Does not decode.
 """
 
+import hashlib
 import io
 import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import BinaryIO, Literal, TypeVar
 
 from mllm.media.errors import MediaError, too_many_bytes
 from mllm.media.packed import packed_bytes, packed_location
 from mllm.media.regular import open_regular
+from mllm.utils.files import digest_of_file
 
 Container = Literal["image", "audio", "video"]
 Item = TypeVar("Item")
@@ -251,3 +254,16 @@ _SIGNATURES: tuple[tuple[bytes, tuple[Container, str]], ...] = (
     (b"\x00\x00\x01\xba", ("video", "mpeg")),
     (b"\x00\x00\x01\xb3", ("video", "mpeg")),
 )
+
+
+def digest_of_media(file: Path) -> str:
+    """Compute the SHA-256 of a medium's bytes, which may stand inside another file.
+
+    Raises:
+        MediaError: as `packed_bytes`.
+        OSError: a file that cannot be read.
+    """
+    packed = packed_location(str(file))
+    if packed is None:
+        return digest_of_file(file)
+    return hashlib.sha256(packed_bytes(str(file), packed, DEFAULT_LIMITS.video_bytes)).hexdigest()

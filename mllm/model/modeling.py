@@ -171,7 +171,7 @@ class ElasticModel(ElasticPreTrainedModel):
         Args:
             num_tokens: (R,) soft tokens of each span.
             rates: (R,) frames per token, 0 where a count was asked for; None for images.
-            index: (R,) the encoded item of each span; None means one span per item.
+            index: (R,) the encoded item of each span; None means that span i shows item i. Items may have no span.
             max_tokens: an upper bound of `num_tokens` known on the host.
             groups: see `Compressor.compress_spans`, which then computes spans with an index.
 
@@ -190,9 +190,9 @@ class ElasticModel(ElasticPreTrainedModel):
             return compressor.compress_spans(
                 values, lengths, index, tokens=num_tokens, rates=rates, groups=groups, **grids
             )
-        if index is not None:
-            values, lengths = values[index], lengths[index]
-            grids = {name: grid[index] for name, grid in grids.items()}
+        shown = slice(len(num_tokens)) if index is None else index
+        values, lengths = values[shown], lengths[shown]
+        grids = {name: grid[shown] for name, grid in grids.items()}
         return self.compressors[medium](values, lengths, tokens=num_tokens, rates=rates, max_tokens=max_tokens, **grids)
 
     def get_image_features(

@@ -412,9 +412,3 @@ def _layout(spans: Sequence[PlacedSpan]) -> Tensor:
         orders.append(torch.where(order[:, :1] == NEWLINE, order, order + shift))
         first += len(placed.items)
     return torch.cat(orders)
-
-
-def with_items(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Name the item of every span in inputs that may leave it out."""
-    counts = {m: inputs[f"num_{m}_tokens"] for m in MEDIA if f"num_{m}_tokens" in inputs}
-    return {f"{medium}_index": torch.arange(len(num_tokens)) for medium, num_tokens in counts.items()} | dict(inputs)

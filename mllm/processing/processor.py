@@ -327,6 +327,11 @@ class ElasticProcessor(ProcessorCalls):
         """How images are cut into tiles, if they are."""
         return self.space.media["image"].tiling if "image" in self.space.media else None
 
+    @property
+    def loads_by_budget(self) -> bool:
+        """Whether what is loaded of an image depends on the budget: its tiles, or the resolutions a host sees it at."""
+        return self.tiling is not None or (self.host is not None and self.host.resizing is not None)
+
     def read_media(
         self, sample: Sample, loader: Reader | None = None, *, in_memory: Sequence[InMemoryMedium | None] = ()
     ) -> list[Any]:

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binom
 
+from mllm.checkpoints.model_files import changed_files
 from mllm.config.reading import plain, read
 from mllm.router.policy import Policy, Predictions
 from mllm.router.table import AnswerTable, Array, Unit
@@ -137,8 +138,7 @@ class Certificate:
         Raises:
             ValueError: it is another one.
         """
-        names = sorted(fingerprint.keys() | self.fingerprint.keys())
-        if changed := [name for name in names if fingerprint.get(name) != self.fingerprint.get(name)]:
+        if changed := changed_files(self.fingerprint, fingerprint):
             raise ValueError(
                 f"the certificate was made for another model ({', '.join(changed)} differ); calibrate anew"
             )

@@ -20,8 +20,9 @@ from mllm.router.policy import MAX_GROWTHS, Policy
 from mllm.router.router import Router
 from mllm.router.table import Array
 
-KeptTokens = Callable[[EncodedSample, Sequence[TokenCount], Sequence[TokenCount]], int]
-"""Counts the soft tokens of a request that need not be read again at larger counts behind an answer at smaller ones."""
+KeptTokens = Callable[[EncodedSample, Sequence[Sequence[TokenCount]]], Array]
+"""Counts the soft tokens of a request (P, P) that need not be read again at the counts of the column behind an answer
+at those of the row; zero where these are no smaller."""
 RequestCosts = Callable[[EncodedSample, Budget, Sequence[TokenCount]], Mapping[str, float]]
 """Computes what a request takes at a budget, by unit of `mllm.budget.Limit`; raises ValueError where nobody knows."""
 
@@ -145,10 +146,9 @@ class BudgetChooser:
         kept = np.zeros((len(budgets), len(budgets)))
         if self.kept_tokens is None or self.max_growths == 0:
             return kept
-        possible = [int(number) for number in np.flatnonzero(np.isfinite(tokens))]
-        counts = {number: row.token_counts(budgets[number], self.processor.space) for number in possible}
-        for before, after in itertools.combinations(possible, 2):
-            kept[before, after] = self.kept_tokens(row, counts[before], counts[after])
+        possible = np.flatnonzero(np.isfinite(tokens)).tolist()
+        counts = [row.token_counts(budgets[number], self.processor.space) for number in possible]
+        kept[np.ix_(possible, possible)] = self.kept_tokens(row, counts)
         return kept
 
     def _routed(self, budget: Budget, media: MediaSet) -> list[Budget]:

@@ -1,6 +1,6 @@
 """Holds a fitted router: heads per set of media, what each price gave on calibration data, and whose router it is.
 
-    router.json             budgets, prices, the fingerprint of the model
+    router.json             budgets, prices, the fingerprint of the model, the digest of the weights
     router.safetensors      the weights of the heads
 
 Knows heads, prices and files. Does not know weights of models, samples or how questions are answered.
@@ -8,7 +8,7 @@ Knows heads, prices and files. Does not know weights of models, samples or how q
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,20 @@ import torch
 from safetensors.torch import load_file
 
 from mllm.budget import Auto, Budget
-from mllm.checkpoints.model_files import fingerprint_of_model
+from mllm.checkpoints.model_files import changed_files, fingerprint_of_model
 from mllm.checkpoints.tensor_files import write_tensors
+from mllm.config.reading import plain, read
 from mllm.router.certificate import Certificate
 from mllm.router.features import MediaSet
 from mllm.router.heads import MIN_MEDIA, Heads, Reduction, fit_heads, predict_out_of_fold, too_few
 from mllm.router.policy import MAX_GROWTHS, Policy, price_grid
 from mllm.router.table import AnswerTable
-from mllm.utils.files import write_text_whole, written_whole
+from mllm.utils.files import digest_of_file, write_text_whole, written_whole
 from mllm.utils.run_paths import model_folder
+from mllm.utils.strict_json import read_json
 
 FILE, WEIGHTS = "router.json", "router.safetensors"
-VERSION = 1
+VERSION = 2
 DEFAULT_QUALITY = 0.99
 """What `auto` alone aims at: the share of the largest budget's utility. All of it would hang on a few answers that are
 right at one budget and wrong at another by luck, and cost several times the tokens where they fall badly."""
@@ -74,13 +76,20 @@ class MediaRouter:
         """Translate a goal to a price.
 
         Raises:
-            ValueError: a goal that no price reached on the calibration data, or a loss that no certificate covers.
+            ValueError: a goal that no price reached on the calibration data or that was measured at other numbers of
+                growths, or a loss that no certificate covers.
         """
         if auto.goal == "price":
             return Policy(auto.value, max_growths)
         if auto.goal == "loss":
             return self._certified(auto.value, max_growths)
         points = [point for point in self.points if point.max_growths == max_growths]
+        if not points:
+            measured = " and ".join(map(str, sorted({point.max_growths for point in self.points})))
+            raise ValueError(
+                f"max_growths is {max_growths}, and this router's goals were measured at {measured}; take one of "
+                "these, or name a price"
+            )
         if auto.goal == "mean_tokens":
             reaching = [point for point in points if point.mean_tokens <= auto.value]
             if not reaching:
@@ -136,25 +145,53 @@ class Router:
         return self.by_media[media]
 
     def write(self, folder: str | Path) -> None:
-        """Write both files, the one that names the other last."""
+        """Write both files, the one that names the other, and says what is in it, last."""
+        path, weights = Path(folder) / FILE, Path(folder) / WEIGHTS
         tensors: dict[str, torch.Tensor] = {}
-        facts: dict[str, Any] = {}
-        for media, router in self.by_media.items():
-            name = "+".join(media)
+        media: dict[str, Any] = {}
+        for held, router in self.by_media.items():
+            name = "+".join(held)
             tensors |= {f"{name}.{key}": value for key, value in _tensors_of(router.heads).items()}
-            facts[name] = {
-                "budgets": [str(budget) for budget in router.budgets],
-                "blocks": list(router.heads.reductions),
-                "l2": router.heads.l2,
-                "num_questions": router.num_questions,
-                "media": list(router.media_digests),
-                "points": [asdict(point) for point in router.points],
-                "certificates": [one.to_data() for one in router.certificates],
-            }
-        content = {"version": VERSION, "fingerprint": dict(self.fingerprint), "media": facts}
-        with written_whole(Path(folder) / WEIGHTS) as aside:
+            media[name] = plain(_MediaFacts.of(router))
+        with written_whole(weights) as aside:
             write_tensors(tensors, aside)
-        write_text_whole(Path(folder) / FILE, json.dumps(content, indent=1) + "\n")
+        content = _Content(VERSION, dict(self.fingerprint), digest_of_file(weights), media)
+        write_text_whole(path, json.dumps(plain(content), indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class _MediaFacts:
+    """Holds what `router.json` says of one set of media; `blocks` and `l2` are of its heads."""
+
+    budgets: list[str]
+    blocks: list[str]
+    l2: float
+    num_questions: int
+    media_digests: list[str]
+    points: list[Any]
+    certificates: list[Any]
+
+    @classmethod
+    def of(cls, router: MediaRouter) -> "_MediaFacts":
+        return cls(
+            budgets=[str(budget) for budget in router.budgets],
+            blocks=list(router.heads.reductions),
+            l2=router.heads.l2,
+            num_questions=router.num_questions,
+            media_digests=list(router.media_digests),
+            points=list(router.points),
+            certificates=list(router.certificates),
+        )
+
+
+@dataclass(frozen=True)
+class _Content:
+    """Holds what `router.json` says: whose router it is, of which weights, and `_MediaFacts` by set of media."""
+
+    version: int
+    fingerprint: dict[str, str]
+    weights_sha256: str
+    media: dict[str, Any]
 
 
 def read_router(folder: str | Path, fingerprint: Mapping[str, str]) -> Router:
@@ -168,40 +205,59 @@ def read_router(folder: str | Path, fingerprint: Mapping[str, str]) -> Router:
         ValueError: files of another release or another model, or tensors that are missing, unexpected or of another
             shape.
     """
-    path = Path(folder) / FILE
+    path, weights = Path(folder) / FILE, Path(folder) / WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {FILE}; auto needs a router: mllm router fit --model {folder}")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if content.get("version") != VERSION:
-        raise ValueError(
-            f"{path} has version {content.get('version')!r}, and this release reads {VERSION}; fit it anew"
-        )
-    if changed := sorted(
-        name
-        for name in content["fingerprint"].keys() | fingerprint.keys()
-        if content["fingerprint"].get(name) != fingerprint.get(name)
-    ):
+    content = _content_of(path)
+    if changed := changed_files(content.fingerprint, fingerprint):
         raise ValueError(f"{path} was fitted for another model: {', '.join(changed)} changed since; fit it anew")
-    tensors = load_file(Path(folder) / WEIGHTS)
-    by_media = {}
-    for name, facts in content["media"].items():
-        by_media[tuple(name.split("+"))] = MediaRouter(
-            budgets=tuple(Budget.parse(text) for text in facts["budgets"]),
-            heads=_heads_of(tensors, name, facts),
-            points=tuple(OperatingPoint(**point) for point in facts["points"]),
-            num_questions=facts["num_questions"],
-            media_digests=tuple(facts["media"]),
-            certificates=tuple(_certificate(data, fingerprint) for data in facts["certificates"]),
-        )
+    if not weights.is_file():
+        raise FileNotFoundError(f"{folder} holds no {WEIGHTS}, which {FILE} needs; fit the router anew")
+    if digest_of_file(weights) != content.weights_sha256:
+        raise ValueError(f"{weights} is damaged, or not the one that {FILE} was written with; fit the router anew")
+    tensors = load_file(weights)
+    by_media = {
+        tuple(name.split("+")): _media_router(tensors, name, facts, fingerprint)
+        for name, facts in content.media.items()
+    }
     if tensors:
-        raise ValueError(f"{Path(folder) / WEIGHTS} holds {min(tensors)}, which {FILE} does not name")
-    return Router(by_media, dict(content["fingerprint"]))
+        raise ValueError(f"{weights} holds {min(tensors)}, which {FILE} does not name")
+    return Router(by_media, content.fingerprint)
 
 
-def _certificate(data: Any, fingerprint: Mapping[str, str]) -> Certificate:
-    certificate = Certificate.from_data(data)
-    certificate.check(fingerprint)
-    return certificate
+def _content_of(path: Path) -> "_Content":
+    """Read the file that names all others.
+
+    Raises:
+        ValueError: one that is damaged or of another release.
+    """
+    try:
+        values = read_json(path.read_text(encoding="utf-8"))
+        version = values.get("version") if isinstance(values, dict) else None
+        if version == VERSION:
+            return read(_Content, values, "router")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; fit it anew") from error
+    raise ValueError(f"{path} has version {version!r}, and this release reads {VERSION}; fit it anew")
+
+
+def _media_router(
+    tensors: dict[str, torch.Tensor], media: str, values: Any, fingerprint: Mapping[str, str]
+) -> MediaRouter:
+    """Take the router of one set of media out of all tensors."""
+    where = f"{FILE}: media.{media}"
+    facts = read(_MediaFacts, values, where)
+    certificates = tuple(map(Certificate.from_data, facts.certificates))
+    for certificate in certificates:
+        certificate.check(fingerprint)
+    return MediaRouter(
+        budgets=tuple(map(Budget.parse, facts.budgets)),
+        heads=_heads_of(tensors, media, facts),
+        points=tuple(read(OperatingPoint, point, f"{where}.points") for point in facts.points),
+        num_questions=facts.num_questions,
+        media_digests=tuple(facts.media_digests),
+        certificates=certificates,
+    )
 
 
 def load_router(folder: str | Path, *, checkpoint: str | int | None = None) -> Router:
@@ -224,6 +280,15 @@ def router_for(folder: Path, budgets: Sequence[Budget]) -> Router | None:
         FileNotFoundError, ValueError: as `load_router`.
     """
     return load_router(folder) if any(budget.auto is not None for budget in budgets) else None
+
+
+def fitted_router(folder: Path) -> Router | None:
+    """Load the router of a model where one was fitted; None otherwise, and `auto` is refused where it is asked for.
+
+    Raises:
+        ValueError: as `load_router`.
+    """
+    return load_router(folder) if (folder / FILE).is_file() else None
 
 
 def fit_media_router(table: AnswerTable, *, is_nested: bool, blocks: Sequence[str] | None = None) -> MediaRouter:
@@ -262,7 +327,7 @@ def _tensors_of(heads: Heads) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
 
-def _heads_of(tensors: dict[str, torch.Tensor], media: str, facts: Mapping[str, Any]) -> Heads:
+def _heads_of(tensors: dict[str, torch.Tensor], media: str, facts: _MediaFacts) -> Heads:
     """Take the heads of one set of media out of all tensors.
 
     Raises:
@@ -275,10 +340,10 @@ def _heads_of(tensors: dict[str, torch.Tensor], media: str, facts: Mapping[str, 
             raise ValueError(f"{WEIGHTS} lacks {key}, which {FILE} names")
         return tensors.pop(key).numpy()
 
-    reductions = {name: Reduction(take(f"{name}.mean"), take(f"{name}.components")) for name in facts["blocks"]}
+    reductions = {name: Reduction(take(f"{name}.mean"), take(f"{name}.components")) for name in facts.blocks}
     before, after = take("before"), take("after")
-    width, count = sum(one.components.shape[1] for one in reductions.values()), len(facts["budgets"])
+    width, count = sum(one.components.shape[1] for one in reductions.values()), len(facts.budgets)
     for name, array, shape in (("before", before, (1 + width, count)), ("after", after, (count, 2 + width, count))):
         if array.shape != shape:
             raise ValueError(f"{WEIGHTS}: {media}.{name} has shape {array.shape}, and {FILE} asks for {shape}")
-    return Heads(reductions, before, after, float(facts["l2"]))
+    return Heads(reductions, before, after, facts.l2)

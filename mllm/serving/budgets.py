@@ -173,7 +173,10 @@ class BudgetPolicy:
                 raise ValueError(f"budget {medium}={named} is above max_budget {medium}={amount}")
 
     def is_within(self, budget: Budget) -> bool:
-        """Tell whether the cap allows trained amounts."""
+        """Tell whether the cap allows trained amounts, and numbers of frames."""
+        most_frames, frames = self.cap.num_frames, budget.num_frames
+        if most_frames is not None and "video" in budget.amounts and (frames is None or frames > most_frames):
+            return False
         return all(amount in self.within(medium) for medium, amount in budget.amounts.items())
 
     def within(self, medium: str) -> list[Amount]:
@@ -215,7 +218,7 @@ class BudgetPolicy:
         total = min(totals, default=None)
         if (choosing := self._choosing(media, wishes)) is not None:
             chosen = tuple(ItemBudget(medium, Budget(), "budget", is_free=True) for medium, _ in media)
-            return RequestBudget(chosen, None, choosing=replace(choosing, total_tokens=total))
+            return RequestBudget(chosen, None, choosing=self._capped(replace(choosing, total_tokens=total)))
         items = [self._item(medium, beside_medium, wishes) for medium, beside_medium in media]
         if total is None:
             items = [
@@ -243,6 +246,15 @@ class BudgetPolicy:
             return self.default
         is_auto = any(wishes.detail == "auto" for _, wishes in media)
         return Budget(auto=Auto()) if is_auto and self.has_router and not str(self.default) else None
+
+    def _capped(self, choosing: Budget) -> Budget:
+        """Put the cap on tiles and on what is seen of an image into an open budget; `is_within` keeps to the rest."""
+        smaller = {
+            name: min(values)
+            for name in ("max_tiles", "max_image_tokens")
+            if (values := [one for one in (getattr(choosing, name), getattr(self.cap, name)) if one is not None])
+        }
+        return replace(choosing, **smaller)
 
     def _item(self, medium: str, beside_medium: Wishes, body: Wishes) -> ItemBudget:
         """Return the budget of one medium: the first of all that speaks of it; free where nothing does."""

@@ -39,6 +39,7 @@ from mllm.serving.scheduler import Scheduler
 from mllm.serving.service import AnswerQueue, Service
 from mllm.serving.sources import SourceRules
 from mllm.serving.transcription_request import TranscriptionReader
+from mllm.utils.collector import leave_out_of_collections
 
 MAX_CONNECTIONS = 2_048
 SHUTDOWN_SECONDS = 10
@@ -221,6 +222,7 @@ class Server:
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         )
         sys.setswitchinterval(SWITCH_SECONDS)
+        leave_out_of_collections()
         with _listening(host, port) as listener:
             name = f"[{host}]" if ":" in host else host
             on_ready(f"http://{name}:{listener.getsockname()[1]}")

@@ -27,7 +27,7 @@ from mllm.model.modeling import ElasticForConditionalGeneration, ElasticOutput, 
 from mllm.packing.attention import PackedAttention, enable_packing, obstacle
 from mllm.packing.pack import pack, packed_targets
 from mllm.packing.plan import SegmentPlan
-from mllm.processing.batch import Batch, EncodedSample, Expanded, with_items
+from mllm.processing.batch import Batch, EncodedSample, Expanded
 from mllm.processing.placeholders import IGNORED_LABEL
 from mllm.processing.processor import ElasticProcessor
 from mllm.training.loss import Loss, WeightedTargets, sink, with_auxiliary
@@ -216,8 +216,6 @@ def pack_views(
     if packed:
         inputs, plan = pack(inputs, space=processor.space, placeholder_ids=processor.placeholder_ids)
         positions = packed_targets(plan, positions)
-    elif teacher is not None:  # rows may have been left out, so that span i need not show item i
-        inputs = with_items(inputs)
     return TrainingBatch(
         inputs=inputs,
         targets=targets,

@@ -1,4 +1,4 @@
-"""Pauses Python's garbage collector while very many objects are made that all stay."""
+"""Keeps Python's garbage collector from looking through very many objects that all stay."""
 
 import gc
 from collections.abc import Iterator
@@ -18,3 +18,12 @@ def collector_paused() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+def leave_out_of_collections() -> None:
+    """Let the collector never look again at what is there now, such as a model and the libraries it needs.
+
+    With half a million such objects a full collection takes 0.4 seconds and more, during which a server answers nobody.
+    """
+    gc.collect()
+    gc.freeze()

@@ -26,7 +26,7 @@ from mllm.lip_crops.run import find_recordings
 from mllm.media import MediaError, MediaLimits, load_audio, load_image, resolve_media
 from mllm.media.containers import AUDIO_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from mllm.media.image import header_pixels
-from mllm.training.feature_cache.store import digest_of_media
+from mllm.media.limits import digest_of_media
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 from huggingface_hub import ModelCard
+from tokenizers import Tokenizer, models, trainers
 
 from mllm.checkpoints.build import build
 from mllm.checkpoints.load import load, save_run
@@ -89,6 +91,27 @@ def test_what_is_staged_names_no_path_of_this_machine_and_still_loads(run: Path,
     model, _ = load(tmp_path / "staged", device="cpu", sources=parts)
     mine = dict(load(run, device="cpu", sources=parts)[0].named_parameters())
     assert all(value.equal(mine[name]) for name, value in model.named_parameters())
+
+
+def test_a_vocabulary_is_staged_as_it_is(run: Path, tmp_path: Path) -> None:
+    texts = ["a/b /usr /usr/bin / /tmp //x"]  # so that `/` is in a merge, and `/usr` a token
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.train_from_iterator(texts * 30, trainers.BpeTrainer(vocab_size=120, show_progress=False))
+    shutil.copytree(run, tmp_path / "run")
+    tokenizer.save(str(tmp_path / "run" / "tokenizer.json"))
+    stage(tmp_path / "run", tmp_path / "staged", repo="someone/elastic")
+    staged = Tokenizer.from_file(str(tmp_path / "staged" / "tokenizer.json"))
+    assert staged.encode(texts[0]).ids == tokenizer.encode(texts[0]).ids
+
+
+def test_sets_that_are_called_by_their_paths_are_told_apart_without_this_machines(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    rows = [{**ROW, "set": str(tmp_path / "corpus" / name / "test.jsonl")} for name in ("images", "speech")]
+    (tmp_path / "run" / "evaluation" / "results.json").write_text(json.dumps({"facts": {}, "rows": [*rows, ROW]}))
+    card = card_of(tmp_path / "run", repo="someone/elastic")
+    for name in ("images/test.jsonl", "speech/test.jsonl", "test"):
+        assert f"| {name} | asr | `audio=/4` |" in card
+    assert str(tmp_path) not in card
 
 
 def test_licences_are_read_from_cards_and_never_made_up(tmp_path: Path) -> None:

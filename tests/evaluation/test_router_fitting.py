@@ -90,6 +90,13 @@ def test_a_table_holds_every_question_at_every_budget(folder: Path) -> None:
         for line in answers.lines
     ]
     assert len(tables_of(failed, answers.samples)["image",]) == len(table) - 1
+    nothing = [line | {"error": {}} for line in answers.lines]
+    for lines in (nothing, [line for line in nothing if line["budget"] == "image=4"]):
+        with pytest.raises(ValueError, match="none of 40 questions was answered at each of its budgets"):
+            tables_of(lines, answers.samples)
+    half = [line for line in answers.lines if (line["budget"] == "image=1") == line["id"].endswith("-count")]
+    with pytest.raises(ValueError, match="none of 40 questions was answered at each of image=1; image=4; image=64"):
+        tables_of(half, answers.samples)
 
 
 def test_auto_answers_at_trained_budgets_and_bills_what_was_read(folder: Path) -> None:
@@ -135,6 +142,20 @@ def test_python_and_generate_take_the_same_router(folder: Path, capsys: pytest.C
     said = capsys.readouterr()
     assert said.out.strip() == answer.text
     assert f"soft tokens: image {answer.tokens['image']} at {answer.budget}" in said.err
+
+
+def test_media_that_a_router_has_seen_are_known_under_any_path(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in (*folder.glob("*.png"), folder / "held_out.jsonl"):
+        shutil.copy(file, tmp_path)
+    answers, copied = str(folder / "run" / "evaluation" / "fixed"), str(tmp_path / "held_out.jsonl")
+    words = ["--model", str(folder / "run"), "--answers", answers, "--use_cpu"]
+    assert main(["router", "certify", *words, "--manifest", copied]) == 2
+    assert f"was fitted on {NUM_IMAGES} of the {NUM_IMAGES} images or clips" in capsys.readouterr().err
+    test = ["--test_answers", answers, "--test_manifest", copied, "--out", str(tmp_path / "out")]
+    assert main(["router", "report", *words, "--manifest", str(folder / "held_out.jsonl"), *test]) == 2
+    assert "test_manifest holds sample '0-colour', whose media are in manifest too" in capsys.readouterr().err
 
 
 def test_answers_that_no_router_may_be_fitted_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,6 +40,7 @@ from mllm.evaluation.routing_report import (
     report_of,
 )
 from mllm.router.policy import Policy, Predictions
+from mllm.router.table import AnswerTable
 
 SETUP = Setup(is_nested=True, num_samples=30)
 
@@ -212,6 +213,25 @@ def test_kinds_show_what_is_known_beyond_telling_them_apart_and_what_a_shift_doe
     # A router that has never seen the hard kind reads too few tokens for it.
     assert letter.held_out[0] < letter.at_price[0] - 0.05
     assert letter.held_out[1] < letter.at_price[1]
+
+
+def test_a_kind_that_was_held_out_is_judged_at_the_price_for_all(sides: Sides) -> None:
+    """Predictions that are the router's own choose as the router does, also where a kind's answers cost more."""
+
+    def dearer_letters(table: AnswerTable) -> AnswerTable:
+        is_letter = np.array(table.kinds) == "letter"
+        return replace(table, tokens=np.where(is_letter[:, None], 4 * table.tokens, table.tokens))
+
+    both = replace(
+        sides,
+        calibration=dearer_letters(sides.calibration),
+        test=dearer_letters(sides.test),
+        held_out=sides.predictions[ROUTER][1],
+    )
+    rows = report_of(both, SETUP).kinds
+    assert len(rows) == len(CHANCES)
+    for row in rows:
+        assert row.held_out == row.at_price
 
 
 def test_prices_are_chosen_on_the_calibration_alone(sides: Sides) -> None:

@@ -12,11 +12,14 @@ import torch
 from toy_server import part, server, user
 
 import mllm
+from mllm.budget import Budget
 from mllm.checkpoints.adoption import host_inputs
 from mllm.checkpoints.load import export, save_run
 from mllm.cli import main
 from mllm.evaluation.answer_store import AnswerStore
 from mllm.inference.answerer import Answerer, Decoding
+from mllm.inference.chat import ChatSession
+from mllm.inference.request_list import AnsweredRequest, answer_requests, read_request_list
 from mllm.lmms.answering import BudgetedAnswers, Request, read_budget
 from mllm.lmms.conversation import read_generation
 from mllm.model.trainables import set_trainables
@@ -71,6 +74,22 @@ def test_the_command_line_evaluates_and_measures(run: Path, answerer: Answerer, 
     assert main([*words, "--repeats", "1", "--warmup", "0", "--new_tokens", "2", "--out", str(tmp_path / "bench")]) == 0
     measured = json.loads((tmp_path / "bench" / "bench.json").read_text())["budgets"]
     assert [one["tokens"]["image"] for one in measured] == TOKENS
+
+
+def test_a_chat_and_a_list_see_an_image_at_the_resolution_of_each_question(
+    run: Path, answerer: Answerer, tmp_path: Path
+) -> None:
+    chat = ChatSession(answerer, remembers=False)
+    chat.add("image", str(run.parent / "0.png"))
+    lines = [{"image": str(run.parent / "0.png"), "text": "what?", "budget": budget} for budget in BUDGETS]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    listed = list(answer_requests(answerer, read_request_list(tmp_path / "list.jsonl"), Budget()))
+    for budget, tokens, line in zip(BUDGETS, TOKENS, listed, strict=True):
+        alone = answerer.answer("what?", image=str(run.parent / "0.png"), budget=budget)
+        chat.set_budget(budget)
+        assert (alone.tokens, chat.ask("what?").text) == ({"image": tokens}, alone.text)
+        assert isinstance(line, AnsweredRequest)
+        assert (line.answer.tokens, line.answer.text) == ({"image": tokens}, alone.text)
 
 
 def test_lmms_eval_asks_it_as_any_other(run: Path, answerer: Answerer) -> None:

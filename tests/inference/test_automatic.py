@@ -59,19 +59,26 @@ def test_once_resolved_it_is_that_budget_alone_and_in_any_batch(answerer: Answer
         assert answer.is_trained
 
 
-def test_growing_reads_again_at_the_chosen_budget_and_bills_everything(answerer: Answerer) -> None:
-    # Nothing speaks for a larger budget before an answer, so all begin at the smallest.
-    answerer = replace(answerer, router=router(answerer, gain_of_question=0.0, growth=3.0))
-    confidences = sorted(fixed(answerer, number, BUDGETS[0]).min_probability for number in range(len(ROWS)))
+def confidences_of(answerer: Answerer) -> list[float]:
+    """How sure each question's answer at the smallest budget is."""
+    return [fixed(answerer, number, BUDGETS[0]).min_probability for number in range(len(ROWS))]
+
+
+def growing_half(answerer: Answerer) -> Answerer:
+    """An answerer at which all questions begin at the smallest budget, and the less confident half goes on."""
+    confidences = sorted(confidences_of(answerer))
     # Logits of the confidence below 0 speak for more tokens; shift the bias so that half of the questions grow.
     middle = float(np.log(confidences[1] / (1 - confidences[1])) + np.log(confidences[2] / (1 - confidences[2]))) / 2
-    routed = answerer.router
-    assert routed is not None
+    routed = router(answerer, gain_of_question=0.0, growth=3.0)
     one = routed.by_media[("image",)]
     after = one.heads.after.copy()
     after[:, 0] = [-3.0 * middle, 0.0, 3.0 * middle]
     shifted = replace(one, heads=replace(one.heads, after=after))
-    answerer = replace(answerer, router=replace(routed, by_media={("image",): shifted}))
+    return replace(answerer, router=replace(routed, by_media={("image",): shifted}))
+
+
+def test_growing_reads_again_at_the_chosen_budget_and_bills_everything(answerer: Answerer) -> None:
+    answerer = growing_half(answerer)
     calls = []
     handle = answerer.model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
     answers = answerer.answer_batch(tiny.batch(answerer.processor, ROWS), [[Budget.parse("auto,price=0")] * len(ROWS)])[
@@ -90,6 +97,19 @@ def test_growing_reads_again_at_the_chosen_budget_and_bills_everything(answerer:
         assert answer.tokens["image"] == sum(int(one_said.budget.amounts["image"].value) for one_said in said)
         alone = answerer.answer_batch(tiny.batch(answerer.processor, [ROWS[number]]), [[Budget.parse("auto,price=0")]])
         assert alone[0][0] == answer
+
+
+@pytest.mark.parametrize("grow_first", [True, False])
+def test_any_rows_of_a_batch_may_be_those_that_go_on(answerer: Answerer, grow_first: bool) -> None:
+    order = np.argsort(confidences_of(answerer))[:: 1 if grow_first else -1].tolist()
+    answerer, auto = growing_half(answerer), Budget.parse("auto,price=0")
+    batch = tiny.batch(answerer.processor, [ROWS[number] for number in order])
+    answers = answerer.answer_batch(batch, [[auto] * len(order)])[0]
+    assert [bool(answer.discarded) for answer in answers] == [
+        number < 2 if grow_first else number >= 2 for number in range(4)
+    ]
+    for number, answer in zip(order, answers, strict=True):
+        assert answer == answerer.answer_batch(tiny.batch(answerer.processor, [ROWS[number]]), [[auto]])[0][0]
 
 
 def test_caps_leave_out_what_is_above_them(answerer: Answerer) -> None:

@@ -136,6 +136,14 @@ def test_errors_in_a_pipe_do_not_end_the_chat(
     assert shown.err.count("soft tokens: image 4;") == 2
 
 
+def test_a_chosen_budget_of_no_media_is_not_told(
+    run: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("/budget auto\nwhat?\n"))
+    assert main(["chat", "--model", run, "--max-new-tokens", "2"]) == 0
+    assert "soft tokens: none; prompt " in capsys.readouterr().err
+
+
 def test_a_line_that_is_no_text_is_refused_and_the_next_is_answered(
     run: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

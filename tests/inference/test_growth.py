@@ -70,6 +70,21 @@ def test_a_grown_answer_is_that_of_the_prompt_read_whole(case: str, num_beams: i
         assert answer.min_probability == pytest.approx(expected.min_probability, rel=1e-3)
 
 
+@pytest.mark.parametrize("image", [QUERY, HAAR])
+def test_every_row_of_a_batch_grows_as_it_would_alone(image: dict[str, Any]) -> None:
+    answerer = make(image)
+    budgets = [Budget.parse("image=4"), Budget.parse("image=16")]
+    rows = [([tiny.random_media("image", seed=number), "how many objects?"], "two") for number in range(3)]
+    together = tiny.batch(answerer.processor, rows)
+    features, _ = encode_batch(answerer.model, together, timed=False)
+    for number, row in enumerate(rows):
+        prompt = GrowingPrompt(answerer.model, answerer.processor, answerer.decoding, together.rows[number], features)
+        alone = tiny.batch(answerer.processor, [row])
+        for budget in budgets:
+            answer, expected = prompt.answer(budget), answerer.answer_batch(alone, [[budget]])[0][0]
+            assert replace(answer, tokens=expected.tokens, num_kept_tokens=0) == expected
+
+
 def test_what_is_kept_is_not_read_again() -> None:
     answerer = make(QUERY)
     small, large = Budget.parse("image=2"), Budget.parse("image=16")

@@ -88,6 +88,20 @@ def test_requests_of_a_batch_that_hold_the_same_file_encode_it_once(run: Path) -
     assert [one.answer.tokens["image"] for one in answers if isinstance(one, AnsweredRequest)] == [16, 4]
 
 
+def test_a_line_that_wants_a_router_where_there_is_none_costs_only_itself(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [{"image": "0.png", "text": "what?", "budget": budget} for budget in ("auto", "image=4")]
+    (run.parent / "media" / "auto.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    words = ["--inputs", str(run.parent / "media" / "auto.jsonl"), "--max-new-tokens", "2"]
+    assert main(["generate", "--model", str(run), *words]) == 1
+    refused, answered = map(json.loads, capsys.readouterr().out.splitlines())
+    assert "'auto' needs a router" in refused["error"]
+    assert answered["tokens"] == {"image": 4}
+    assert main(["generate", "--model", str(run), *words, "--budget", "auto"]) == 2  # all of them want it
+    assert "auto needs a router: mllm router fit" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -13,6 +13,7 @@ from mllm.router.heads import fit_heads, folds_of
 from mllm.router.policy import Policy, Predictions, price_grid
 from mllm.router.router import FILE, WEIGHTS, MediaRouter, Router, fit_media_router, read_router
 from mllm.router.table import AnswerTable
+from mllm.utils.files import digest_of_file
 
 BUDGETS = tuple(Budget.parse(text) for text in ("image=1", "image=4", "image=64"))
 TOKENS = (1.0, 4.0, 64.0)
@@ -130,6 +131,10 @@ def test_goals_are_met_on_the_calibration_data(fitted: MediaRouter) -> None:
     assert fitted.policy(Auto("price", 0.0125)).price == 0.0125
     with pytest.raises(ValueError, match=r"mean_tokens<=0.5 cannot be met: this router needs at least 1"):
         fitted.policy(Auto("mean_tokens", 0.5))
+    assert fitted.policy(Auto("price", 0.0125), max_growths=1).max_growths == 1
+    for auto in (Auto(), Auto("quality", 0.5), Auto("mean_tokens", 30.0)):
+        with pytest.raises(ValueError, match=r"max_growths is 1, and this router's goals were measured at 0 and 2"):
+            fitted.policy(auto, max_growths=1)
 
 
 def test_the_grid_of_prices_ends_where_nothing_but_the_cheapest_pays(fitted: MediaRouter, answers: AnswerTable) -> None:
@@ -159,15 +164,46 @@ def test_files_of_another_model_or_in_pieces_are_refused(fitted: MediaRouter, tm
     with pytest.raises(ValueError, match=r"auto chooses for requests about image; this one is about image and audio"):
         read_router(tmp_path, FINGERPRINT).of(("image", "audio"))
     tensors = load_file(tmp_path / WEIGHTS)
+    content = json.loads((tmp_path / FILE).read_text())
     for changed, message in [
         ({name: value for name, value in tensors.items() if name != "image.after"}, "lacks image.after"),
         (tensors | {"image.more": tensors["image.before"].clone()}, "holds image.more"),
         (tensors | {"image.before": tensors["image.before"][:-1].clone()}, r"image.before has shape"),
     ]:
         save_file(changed, tmp_path / WEIGHTS)
+        with pytest.raises(ValueError, match=r"router.safetensors is damaged, or not the one that router.json"):
+            read_router(tmp_path, FINGERPRINT)
+        digest = digest_of_file(tmp_path / WEIGHTS)
+        (tmp_path / FILE).write_text(json.dumps(content | {"weights_sha256": digest}))
         with pytest.raises(ValueError, match=message):
             read_router(tmp_path, FINGERPRINT)
-    content = json.loads((tmp_path / FILE).read_text())
     (tmp_path / FILE).write_text(json.dumps(content | {"version": 0}))
     with pytest.raises(ValueError, match="has version 0"):
         read_router(tmp_path, FINGERPRINT)
+
+
+def test_damaged_files_are_refused_by_name(fitted: MediaRouter, tmp_path: Path) -> None:
+    Router({("image",): fitted}, FINGERPRINT).write(tmp_path)
+    weights, text = (tmp_path / WEIGHTS).read_bytes(), (tmp_path / FILE).read_text()
+    content = json.loads(text)
+    for damaged in (weights[:-8], weights[:-1] + bytes([weights[-1] ^ 1]), b""):
+        (tmp_path / WEIGHTS).write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"router.safetensors is damaged, or not the one"):
+            read_router(tmp_path, FINGERPRINT)
+    (tmp_path / WEIGHTS).unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no router.safetensors, which router.json needs"):
+        read_router(tmp_path, FINGERPRINT)
+    (tmp_path / WEIGHTS).write_bytes(weights)
+    image = content["media"]["image"]
+    for damaged, message in [
+        (text[:-20], r"router.json is damaged: not JSON"),
+        ("[]", r"has version None, and this release reads"),
+        (json.dumps({**content, "more": 1}), r"router.json is damaged: unknown key router.more"),
+        (json.dumps({**content, "fingerprint": "abc"}), r"router.json is damaged: router.fingerprint: expected dict"),
+        (json.dumps({**content, "media": {"image": {**image, "l2": "x"}}}), r"media.image.l2: expected float, got x"),
+        (json.dumps({**content, "media": {"image": {**image, "points": [{}]}}}), r"points.price is missing"),
+        (json.dumps({**content, "media": {"sound": image}}), r"lacks sound.question.mean"),
+    ]:
+        (tmp_path / FILE).write_text(damaged)
+        with pytest.raises(ValueError, match=message):
+            read_router(tmp_path, FINGERPRINT)

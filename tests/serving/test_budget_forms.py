@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import blocks
 import pytest
 import tiny
 
-from mllm.budget import Budget, Extent
+from mllm.budget import Budget, Extent, Space
 from mllm.serving.budgets import BudgetPolicy, Wishes, amounts_of, read_body_wishes, read_part_wishes
 from mllm.serving.errors import RequestError
 from mllm.serving.fields import Fields
@@ -89,10 +90,10 @@ def test_the_default_and_the_cap_of_the_server() -> None:
     assert tokens({"budget": "total<=100"}, ("image", {}), ("audio", {}), cap="image=16") == [16, 10]
 
 
-def choosing(body: dict[str, Any], beside: dict[str, Any], **policy: Any) -> str | None:
+def choosing(body: dict[str, Any], beside: dict[str, Any], *, space: Space = SPACE, **policy: Any) -> str | None:
     """What is chosen by, of a request about one image; None where its budget is settled."""
     wishes = [("image", read_part_wishes("image", [Fields(beside, "part[0]")]))]
-    request = BudgetPolicy(SPACE, **policy).resolve(wishes, read_body_wishes(Fields(body, "")))
+    request = BudgetPolicy(space, **policy).resolve(wishes, read_body_wishes(Fields(body, "")))
     return None if request.choosing is None else str(request.choosing)
 
 
@@ -107,6 +108,19 @@ def test_open_budgets_are_left_for_the_files_to_settle() -> None:
         assert choosing(body, beside, default=auto, has_router=True) is None
     assert choosing({}, {"detail": "auto"}) is None
     assert choosing({}, {"detail": "auto"}, default=Budget.parse("image=4"), has_router=True) is None
+
+
+def test_an_open_budget_keeps_to_the_cap_on_tiles_and_frames() -> None:
+    tiling = {"kind": "free", "max_tiles": 4, "merge": "flat"}
+    tiled = blocks.space(image={"compressor": "query", "budgets": [2, 5, 16], "tiling": tiling})
+    cap = Budget.parse("image=5,tiles<=2")
+    for body, expected in (("auto", 2), ("auto,tiles<=4", 2), ("auto,tiles<=1", 1)):
+        assert choosing({"budget": body}, {}, space=tiled, cap=cap) == f"auto,tiles<={expected}"
+    encoder = {"kind": "frames", "count": 4, "trained_counts": [4, 2, 1]}
+    framed = blocks.space(image={"budgets": [1, 4]}, video={"encoder": encoder, "budgets": [1, 4]})
+    policy = BudgetPolicy(framed, cap=Budget.parse("video=4,frames=2"))
+    budgets = ("video=4,frames=2", "video=1,frames=1", "video=4,frames=4", "video=4")
+    assert [policy.is_within(Budget.parse(text)) for text in budgets] == [True, True, False, False]
 
 
 @pytest.mark.parametrize(

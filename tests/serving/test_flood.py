@@ -85,36 +85,44 @@ def cpu_seconds(running: Running) -> float:
     return ticks / os.sysconf("SC_CLK_TCK") + time.process_time()
 
 
-@pytest.mark.parametrize(
-    ("number", "at_once"), [(500, 100), pytest.param(5_000, 200, marks=pytest.mark.slow)], ids=["some", "many"]
-)
-def test_a_flood_is_refused_and_the_server_goes_on(served: Running, files: Files, number: int, at_once: int) -> None:
-    flooded(served, files, number=60, at_once=20)  # what a process does only once
-    before = served.memory_bytes
-    start, cpu = time.monotonic(), cpu_seconds(served)
-    flood = flooded(served, files, number=number, at_once=at_once)
-    seconds, cpu = time.monotonic() - start, cpu_seconds(served) - cpu
-    grown = served.memory_bytes - before
+def flooded_in_time(running: Running, files: Files, *, number: int, at_once: int) -> float:
+    """Flood a server; return the seconds by which 99 of 100 refusals were there, were the machine its own."""
+    before = running.memory_bytes
+    start, cpu = time.monotonic(), cpu_seconds(running)
+    flood = flooded(running, files, number=number, at_once=at_once)
+    seconds, cpu = time.monotonic() - start, cpu_seconds(running) - cpu
+    grown = running.memory_bytes - before
     start = time.monotonic()
-    assert HTTP.get(f"{served.address}/health").status_code == 200
+    assert HTTP.get(f"{running.address}/health").status_code == 200
     body = {"model": NAME, "messages": user("what?"), "max_tokens": 8}
-    assert HTTP.post(f"{served.url}/chat/completions", json=body).status_code == 200
+    assert HTTP.post(f"{running.url}/chat/completions", json=body).status_code == 200
     assert time.monotonic() - start < 2
-    assert set(flood.seconds) == {200, 429}, {
-        status: len(seconds_of_status) for status, seconds_of_status in flood.seconds.items()
-    }
-    assert sum(map(len, flood.seconds.values())) == number
-    assert len(flood.seconds[200]) >= MAX_REQUESTS
+    numbers = {status: len(seconds_of_status) for status, seconds_of_status in flood.seconds.items()}
+    assert set(numbers) == {200, 429}, numbers
+    assert sum(numbers.values()) == number
+    assert numbers[200] >= MAX_REQUESTS
     assert grown < 300 * 2**20
-    assert not [line for line in served.lines if "Traceback" in line]
+    assert not [line for line in running.lines if "Traceback" in line]
     late = statistics.quantiles(flood.refused, n=100)[98]
     assert late < 2, late
     # Others may share the machine: what counts is the share of the time in which server and client ran.
     alone = late * min(cpu / seconds, 1)
-    num_answered = len(flood.seconds[200])
     print(  # noqa: T201
-        f"{num_answered} of {number} answered in {seconds:.1f} s ({cpu:.1f} s of CPU); p99 of the others {late:.3f} s, "
+        f"{numbers[200]} of {number} answered in {seconds:.1f} s ({cpu:.1f} s of CPU); p99 of the others {late:.3f} s, "
         f"{alone:.3f} s without those who share the machine; +{grown >> 20} MiB"
     )
-    # Of the few, two or three late ones decide; and a machine that others keep busy says nothing of a quarter second.
-    assert number < 1_000 or os.getloadavg()[0] > BUSY or alone < GOAL_SECONDS, (alone, late)
+    return alone
+
+
+def test_a_flood_is_refused_and_the_server_goes_on(served: Running, files: Files) -> None:
+    flooded(served, files, number=60, at_once=20)  # what a process does only once
+    flooded_in_time(served, files, number=500, at_once=100)  # of so few, two or three late ones decide
+
+
+@pytest.mark.slow
+def test_what_a_great_flood_refuses_is_refused_at_once(served: Running, files: Files) -> None:
+    flooded(served, files, number=60, at_once=20)
+    # Others can only make it slower. A pause of the server itself, such as a look at all its objects, comes every time.
+    seconds = [flooded_in_time(served, files, number=5_000, at_once=200) for _ in range(3)]
+    # A machine that others keep busy all the time says nothing of a quarter second.
+    assert os.getloadavg()[0] > BUSY or min(seconds) < GOAL_SECONDS, seconds

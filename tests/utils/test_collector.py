@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from mllm.utils.collector import collector_paused
+from mllm.utils.collector import collector_paused, leave_out_of_collections
 
 
 def fail_inside() -> None:
@@ -20,3 +20,10 @@ def test_the_collector_comes_back_also_after_an_error_and_stays_off_where_it_was
     with pytest.raises(ValueError, match="half way"):
         fail_inside()
     assert gc.isenabled()
+
+
+def test_what_is_left_out_is_not_looked_through_again() -> None:
+    before = gc.get_freeze_count()
+    kept = [[number] for number in range(1_000)]
+    leave_out_of_collections()
+    assert gc.get_freeze_count() >= before + len(kept)

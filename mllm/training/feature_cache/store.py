@@ -29,8 +29,9 @@ from torch import Tensor
 
 from mllm.checkpoints.tensor_files import write_tensors
 from mllm.data.manifest import Sample
-from mllm.media import DEFAULT_LIMITS, MediaError, resolve_media
-from mllm.media.packed import packed_bytes, packed_location
+from mllm.media import MediaError, resolve_media
+from mllm.media.limits import digest_of_media
+from mllm.media.packed import packed_location
 from mllm.processing.processor import LoadedMedia
 from mllm.utils.fail_points import fail_point
 from mllm.utils.files import append_text, cut_half_line, digest_of_file, write_text_whole, written_whole
@@ -278,14 +279,6 @@ def kept_items(sample: Sample, loaded: Sequence[LoadedMedia], keys: Sequence[str
         KeptItem(item.medium, "", key, 0, item.raw_length, file.stamp, file.content(), item.grid)
         for item, key, file in zip(loaded, keys, files, strict=True)
     ]
-
-
-def digest_of_media(file: Path) -> str:
-    """Compute a digest of a medium's bytes, which may stand inside another file."""
-    packed = packed_location(str(file))
-    if packed is None:
-        return digest_of_file(file)
-    return hashlib.sha256(packed_bytes(str(file), packed, DEFAULT_LIMITS.video_bytes)).hexdigest()
 
 
 @dataclass

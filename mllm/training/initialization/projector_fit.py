@@ -196,8 +196,8 @@ def _read(
         index=index,
         max_tokens=inputs["input_ids"].shape[1],
     )
-    shown = features if index is None else Features(features.values[index], features.lengths[index])
-    return expanded, read, counts, shown
+    shown = slice(len(counts)) if index is None else index
+    return expanded, read, counts, Features(features.values[shown], features.lengths[shown])
 
 
 def _targets(
