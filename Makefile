@@ -108,12 +108,12 @@ lock: $(VENV)-lock/stamp
 
 $(VENV)-liger/stamp: $(LOCK) | $(VENV)-liger/bin/python
 	$(VENV)-liger/bin/python $(INSTALL) --no-project
-	$(VENV)-liger/bin/python -m pip install --quiet --editable ".[liger,test]"
+	$(VENV)-liger/bin/python -m pip install --quiet --editable ".[liger,quantization,test]"
 	@touch $@
 
-## make test-liger the tests of Liger's fused loss, in Triton's interpreter where there is no GPU, in an environment of their own
+## make test-liger the tests of Liger's fused loss (Triton's interpreter where there is no GPU) and of bitsandbytes, in an environment of their own
 test-liger: $(VENV)-liger/stamp
-	TRITON_INTERPRET=1 REQUIRE_LIGER=1 OMP_NUM_THREADS=1 $(VENV)-liger/bin/python -m pytest tests/training/test_fused_loss.py
+	TRITON_INTERPRET=1 REQUIRE_LIGER=1 OMP_NUM_THREADS=1 $(VENV)-liger/bin/python -m pytest tests/training/test_fused_loss.py tests/checkpoints/test_quantization.py
 
 $(VENV)-hosts/stamp: $(LOCK) | $(VENV)-hosts/bin/python
 	$(VENV)-hosts/bin/python $(INSTALL) --no-project

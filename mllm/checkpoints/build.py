@@ -139,6 +139,7 @@ def config_of_host(
         media=full.media,
         placeholder_ids={medium: placeholder_id(host, medium) for medium in encoders},
         adapter=full.adapter,
+        quantization=config.quantization,
         sources=sources or {},
     )
 
@@ -162,6 +163,7 @@ def config_of_parts(
         placeholder_ids=placeholder_ids,
         new_tokens=new_tokens or {},
         adapter=full.adapter,
+        quantization=config.quantization,
         sources=sources or {},
     )
 
@@ -225,7 +227,8 @@ def assemble(
         seed: of the initial values; the same on every process.
 
     Raises:
-        ValueError: a source whose weights are not those the model was trained on, or are not whole.
+        ValueError: a source whose weights are not those the model was trained on, or are not whole, or a quantisation
+            that cannot be had here.
     """
     sources = config.sources or {}
     text_dtype = read_dtype(dtype)
@@ -234,10 +237,22 @@ def assemble(
     if config.host_config is not None:
         put_host(
             model,
-            load_host(_verified("host", sources), config.host_config, dtype=text_dtype, attention=attention),
+            load_host(
+                _verified("host", sources),
+                config.host_config,
+                dtype=text_dtype,
+                attention=attention,
+                quantization=config.quantization,
+            ),
         )
     else:
-        llm: Any = load_llm(_verified("llm", sources), config.text_config, dtype=text_dtype, attention=attention)
+        llm: Any = load_llm(
+            _verified("llm", sources),
+            config.text_config,
+            dtype=text_dtype,
+            attention=attention,
+            quantization=config.quantization,
+        )
         model.model.language_model = getattr(llm, llm.base_model_prefix)
         model.set_output_embeddings(cast(nn.Module, llm.get_output_embeddings()))
         model.generation_config = llm.generation_config

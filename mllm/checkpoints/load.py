@@ -235,6 +235,7 @@ def merge_llm_adapter(model: ElasticForConditionalGeneration) -> None:
     Raises:
         ValueError: an adapter that depends on the rows.
     """
+    _check_mergeable(model.config, "merge_adapter is true")
     adapter = model.config.adapter
     has_experts = isinstance(adapter, LoraBankConfig) and bool(adapter.scales or adapter.tasks)
     has_experts = has_experts or isinstance(adapter, GatedLoraConfig)
@@ -244,6 +245,22 @@ def merge_llm_adapter(model: ElasticForConditionalGeneration) -> None:
     select_experts(model.model.language_model, scale_id=None, task_id=None)
     merge_adapters(model.model.language_model)
     model.config.adapter = None
+
+
+def _check_mergeable(config: ElasticConfig, wish: str) -> None:
+    """Refuse to fold an adapter into weights of 8 or 4 bits.
+
+    Args:
+        wish: what the user asked for.
+
+    Raises:
+        ValueError: the LLM is quantised.
+    """
+    if config.quantization is not None:
+        raise ValueError(
+            f"{wish}, but the LLM is kept as {config.quantization.kind}: sums would have to be rounded to its few "
+            "bits again, and answers would change. The run folder serves as it is"
+        )
 
 
 def _load(
@@ -311,11 +328,13 @@ def export(
             choose one per request; see `mllm.checkpoints.expert_folders`.
 
     Raises:
-        ValueError: a folder that holds something, an adapter that cannot be merged, or a scale or task that is missing
-            or that it has not.
+        ValueError: a folder that holds something, an adapter that cannot be merged, a quantised LLM, or a scale or task
+            that is missing or that it has not.
     """
     if experts_as_lora and (scale or task or llm_only):
         raise ValueError("experts_as_lora writes every expert; it does not go with scale, task or llm_only")
+    home = model_folder(folder, checkpoint)
+    _check_mergeable(ElasticConfig.from_pretrained(home), f"an export of {home} merges its adapter")
     with new_folder(out) as new:
         model, processor = load(folder, device="cpu", checkpoint=checkpoint, sources=sources)
         if model.config.host_config is not None:

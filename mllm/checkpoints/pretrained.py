@@ -10,6 +10,7 @@ of no shapes) finds out what would be, and what does not fit is an error that na
 Knows which names the checkpoints of a family give to a part. Does not know what a part computes or how it is trained.
 """
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,9 +34,20 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils.hub import cached_file
 
 from mllm.checkpoints.families import ENCODER_LAYOUTS, WHOLE_VLMS, Layout
-from mllm.checkpoints.sources import PICKLED_WEIGHTS, WEIGHTS, WEIGHTS_INDEX, resolve_source, shard_names, weight_files
+from mllm.checkpoints.gguf_files import GgufTensors, read_gguf_config, read_gguf_tokenizer
+from mllm.checkpoints.quantization import bits_options, quantization_device
+from mllm.checkpoints.sources import (
+    PICKLED_WEIGHTS,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    gguf_file,
+    resolve_source,
+    shard_names,
+    weight_files,
+)
+from mllm.config.model import QuantizationConfig
 from mllm.encoders import ENCODERS, backbone_class, backbone_config, register_av_hubert
-from mllm.hosts import find_family, host_class
+from mllm.hosts import build_host, find_family, host_class, reading_parts
 
 MAX_LAYERS = 1_000
 NAMED_TENSORS = 4
@@ -50,6 +62,10 @@ def read_config(reference: str) -> PreTrainedConfig:
         OSError: a source that is neither a folder nor to be had from the hub.
     """
     source = resolve_source(reference)
+    if (gguf := gguf_file(source)) is not None:
+        config = read_gguf_config(gguf)
+        check_layer_counts(config.to_dict(), reference)
+        return config
     values, _ = PreTrainedConfig.get_config_dict(source)
     model_type = values.get("model_type")
     if "auto_map" in values and model_type not in CONFIG_MAPPING and model_type not in ENCODERS:
@@ -88,7 +104,10 @@ def check_layer_counts(values: Mapping[Any, Any], reference: str) -> None:
 
 def read_tokenizer(reference: str, **options: Any) -> Any:
     """Read the tokenizer of an LLM; `options` are those of `AutoTokenizer.from_pretrained`."""
-    return AutoTokenizer.from_pretrained(resolve_source(reference), trust_remote_code=False, **options)
+    source = resolve_source(reference)
+    if (gguf := gguf_file(source)) is not None:
+        return read_gguf_tokenizer(gguf, **options)
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
 
 
 def read_feature_extractor(reference: str) -> Any:
@@ -127,17 +146,36 @@ def host_config(reference: str) -> PreTrainedConfig:
     return whole
 
 
-def load_host(reference: str, config: PreTrainedConfig, *, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+def load_host(
+    reference: str,
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    quantization: QuantizationConfig | None = None,
+) -> PreTrainedModel:
     """Load a host with its head, every tensor of its file.
 
     Args:
         config: of the host, as `host_config` reads it.
+        quantization: of the linear layers of its LLM.
 
     Raises:
-        ValueError: tensors that are missing, unexpected or of another shape, by name; or a folder of another kind.
+        ValueError: tensors that are missing, unexpected or of another shape, by name; a folder of another kind; or a
+            quantisation that cannot be had here.
     """
+    options: dict[str, Any] = {}
+    if quantization is not None:
+        with torch.device("meta"), unsharded():
+            draft = build_host(config)
+        encoder, projectors = reading_parts(draft.model)
+        parts = {id(part) for part in (encoder, *projectors)}
+        kept = [name for name, part in draft.named_modules() if id(part) in parts]
+        options = bits_options(quantization, dtype=dtype, kept=kept, device=quantization_device())
     implementation = {"text_config": attention}  # of the LLM alone; encoders have what transformers gives them
-    return load_checked(host_class(config), reference, config, dtype=dtype, attn_implementation=implementation)
+    return load_checked(
+        host_class(config), reference, config, dtype=dtype, attn_implementation=implementation, **options
+    )
 
 
 def encoder_config(reference: str, medium: str) -> PreTrainedConfig:
@@ -162,19 +200,31 @@ def _encoder_layout(reference: str, whole: PreTrainedConfig) -> Layout:
     return ENCODER_LAYOUTS[whole.model_type]
 
 
-def load_llm(reference: str, config: PreTrainedConfig, *, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+def load_llm(
+    reference: str,
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    quantization: QuantizationConfig | None = None,
+) -> PreTrainedModel:
     """Load an LLM with its head; in shards where ZeRO-3 is on.
 
     Args:
         config: of the LLM, as `llm_config` reads it.
+        quantization: of its linear layers.
 
     Raises:
-        ValueError: tensors that are missing, unexpected or of another shape, by name; or a folder of another kind.
+        ValueError: tensors that are missing, unexpected or of another shape, by name; a folder of another kind; or a
+            quantisation that cannot be had here.
     """
     whole = read_config(reference)
     layout = WHOLE_VLMS.get(whole.model_type, Layout())
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return load_checked(model_class, reference, config, layout, dtype=dtype, attn_implementation=attention)
+    options: dict[str, Any] = {"attn_implementation": attention}
+    if quantization is not None:
+        options |= bits_options(quantization, dtype=dtype, device=quantization_device())
+    return load_checked(model_class, reference, config, layout, dtype=dtype, **options)
 
 
 def load_encoder(reference: str, config: PreTrainedConfig, *, dtype: torch.dtype) -> PreTrainedModel:
@@ -211,10 +261,13 @@ def load_checked(
         OSError: a source that is neither a folder nor to be had from the hub.
     """
     layout = layout or Layout()
-    folder = _local_folder(reference)
-    part = _Part(reference, weight_files(folder), layout)
+    source = resolve_source(reference)
+    folder = Path(source) if gguf_file(source) is not None else _local_folder(reference)
+    part = _Part(reference, _opened(folder, model_class, config, dtype), layout)
     options = {**options, "dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
-    draft, report = _draft(model_class, config, part, **options)
+    # Names and shapes are those of the plain model; quantised layers have others.
+    plain = {key: value for key, value in options.items() if key not in ("quantization_config", "device_map")}
+    draft, report = _draft(model_class, config, part, **plain)
     part.check(report)
     part.check_ties(draft)
     model, report = _load_state(model_class, config, part.tensors(), **options)
@@ -281,17 +334,16 @@ def _local_folder(reference: str) -> Path:
 
 
 class _Part:
-    """The tensors of a part in the files of a checkpoint, read from the disk when they are used.
+    """The tensors of a part in the open files of a checkpoint, read from the disk when they are used.
 
     Raises:
-        ValueError: a file that is no safetensors file, or two tensors of one name.
+        ValueError: two tensors of one name.
     """
 
-    def __init__(self, reference: str, files: list[Path], layout: Layout) -> None:
+    def __init__(self, reference: str, files: list[Any], layout: Layout) -> None:
         self.reference, self.layout = reference, layout
         self._places: dict[str, tuple[Any, str]] = {}
-        for file in files:
-            opened = _open(file)
+        for opened in files:
             for name in opened.keys():  # noqa: SIM118 (it is no mapping)
                 part_name = layout.name_in_part(name)
                 if part_name in self._places:
@@ -357,6 +409,21 @@ def _some(names: list[str], what: str = "") -> list[str]:
     more = [f"and {len(names) - NAMED_TENSORS} more"] if len(names) > NAMED_TENSORS else []
     shown = ", ".join(names[:NAMED_TENSORS] + more)
     return [f"{what} {shown}".strip()] if names else []
+
+
+def _opened(
+    folder: Path, model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype
+) -> list[Any]:
+    """Open the files of a part.
+
+    Raises:
+        ValueError: a file that is no safetensors file, or a GGUF file that is not read.
+    """
+    if (gguf := gguf_file(folder)) is None:
+        return [_open(file) for file in weight_files(folder)]
+    with torch.device("meta"), unsharded():
+        draft = model_class(copy.deepcopy(config))
+    return [GgufTensors(gguf, draft, dtype)]
 
 
 def _open(file: Path) -> Any:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from mllm.config.model import check_parts
 
+GGUF = ".gguf"
+"""The suffix of a file that holds an LLM whole, with config and tokenizer."""
 SYNTHETIC_PREFIX = "synthetic:"
 RUN_PREFIX = "run:"
 """Before the name of a folder inside the run folder itself, which may be moved with it."""
@@ -37,9 +39,14 @@ def inside_run(part: str, source: Mapping[str, str]) -> dict[str, str]:
     return {"reference": f"{RUN_PREFIX}{part}", "sha256": source["sha256"]}
 
 
+def is_part(path: str | Path) -> bool:
+    """Tell whether a path is a folder, or a GGUF file, that a part can be read from."""
+    return Path(path).is_dir() or (Path(path).suffix == GGUF and Path(path).is_file())
+
+
 def folder_of(reference: str) -> dict[str, str]:
     """Note where a local folder is, so that a run finds it from another; nothing for a hub name or `synthetic:`."""
-    is_local = not reference.startswith((SYNTHETIC_PREFIX, RUN_PREFIX)) and Path(reference).is_dir()
+    is_local = not reference.startswith((SYNTHETIC_PREFIX, RUN_PREFIX)) and is_part(reference)
     return {"folder": os.path.abspath(reference)} if is_local else {}
 
 
@@ -80,7 +87,7 @@ def find_parts(
     here = {part: dict(source) for part, source in sources.items()}
     for part, source in here.items():
         source["reference"] = (moved or {}).get(part) or _find(part, source, Path(run))
-        if part in (moved or {}) and source["sha256"] and not Path(resolve_source(source["reference"])).is_dir():
+        if part in (moved or {}) and source["sha256"] and not is_part(resolve_source(source["reference"])):
             raise _no_folder(part, source["reference"])
         source |= folder_of(source["reference"])
     return here
@@ -101,7 +108,7 @@ def _find(part: str, source: Mapping[str, str], run: Path) -> str:
     if not Path(reference).is_absolute():
         # Runs of before places were noted: a project that was moved as a whole has the part beside a parent.
         candidates += [reference, *(str(parent / reference) for parent in run.resolve().parents)]
-    here = list(dict.fromkeys(os.path.abspath(folder) for folder in candidates if Path(folder).is_dir()))
+    here = list(dict.fromkeys(os.path.abspath(folder) for folder in candidates if is_part(folder)))
     if not here:
         raise _gone(part, source.get("folder", reference))
     if len(here) == 1:
@@ -145,12 +152,33 @@ def shard_names(index: Path) -> list[str]:
     return names
 
 
-def weight_files(folder: str | Path) -> list[Path]:
-    """List the safetensors files that hold the model of a local folder; none where it holds no such weights.
+def gguf_file(source: str | Path) -> Path | None:
+    """Return the GGUF file that a source is, or that a folder holds in place of safetensors; None where there is none.
 
     Raises:
-        ValueError: an index that names files which are not there.
+        ValueError: a GGUF file that is not there, or a folder that holds several.
     """
+    path = Path(source)
+    if path.suffix == GGUF and not path.is_dir():
+        if not path.is_file():
+            raise ValueError(f"the file {path} is not there")
+        return path
+    if not path.is_dir() or any((path / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
+        return None
+    files = sorted(path.glob(f"*{GGUF}"))
+    if len(files) > 1:
+        raise ValueError(f"{path} holds {len(files)} GGUF files; name one of them, such as {files[0]}")
+    return files[0] if files else None
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """List the safetensors files that hold the model of a local folder, or its GGUF file; none where it has no weights.
+
+    Raises:
+        ValueError: an index that names files which are not there, or as `gguf_file`.
+    """
+    if (gguf := gguf_file(folder)) is not None:
+        return [gguf]
     folder = Path(folder)
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]

@@ -25,8 +25,7 @@ class Settings(RunConfig):
     sources: dict[str, str] = field(default_factory=dict)
     """With resume: where frozen parts are now that were moved, e.g. --sources.llm /models/llm."""
     dry_run: bool = False
-    """Build everything, run one micro-batch forward and backward at each budget, show the memory and the time that
-    takes, and end; nothing is kept."""
+    """Build everything, try one micro-batch at each budget, show the memory and the time it takes, and keep nothing."""
     overfit: int | None = None
     """Train on the first so many micro-batches again and again; sets train.overfit_batches."""
 

@@ -32,11 +32,14 @@ __all__ = [
     "EncoderAdapterConfig",
     "GatedLoraConfig",
     "ImageConfig",
+    "Int8Config",
     "LoraBankConfig",
     "LoraConfig",
     "MediumConfig",
     "ModelConfig",
     "MomeConfig",
+    "Nf4Config",
+    "QuantizationConfig",
     "VideoConfig",
     "check_at_least",
     "check_parts",
@@ -135,11 +138,35 @@ ADAPTERS: Registry[type] = Registry(
 
 
 @dataclass(frozen=True, kw_only=True)
+class Int8Config:
+    """Keeps the frozen linear layers of the LLM in 8 bits a weight, by bitsandbytes on a GPU (LLM.int8())."""
+
+    kind: Literal["int8"] = "int8"
+    """Keeps weights in 8 bits."""
+    threshold: float = 6.0
+    """Computes inputs beyond this in 16 bits, as outliers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nf4Config:
+    """Keeps the frozen linear layers of the LLM in 4 bits a weight, by bitsandbytes on a GPU (QLoRA's NF4)."""
+
+    kind: Literal["nf4"] = "nf4"
+    """Keeps weights in 4 bits."""
+    double: bool = True
+    """Keeps the scales of blocks of weights in 8 bits too, which saves 0.4 bits a weight."""
+
+
+QuantizationConfig = Int8Config | Nf4Config
+QUANTIZATIONS: Registry[type] = Registry("quantization", {"int8": Int8Config, "nf4": Nf4Config})
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The parts of a model and where they come from."""
 
     llm: str | None = None
-    """Names the folder, hub name or synthetic part of the LLM with its tokenizer; or give a host."""
+    """Names the folder, hub name or synthetic part of the LLM with its tokenizer, or a GGUF file; or give a host."""
     host: str | None = None
     """Names the folder or hub name of a whole pretrained VLM or audio LLM, which is kept as it is: its encoder,
     projector, LLM, processor and chat template. See `mllm adopt`."""
@@ -160,6 +187,9 @@ class ModelConfig:
     """Trains something inside the frozen LLM; nothing when left out. Plain text is its kind."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Keeps the frozen parts in this type; what trains is kept in float32."""
+    quantization: Any = field(default=None, metadata=kinds(QUANTIZATIONS))
+    """Keeps the frozen linear layers of the LLM in 8 or 4 bits; it does not when left out. Plain text is its kind
+    (int8, nf4); needs a GPU, and goes with the LLM of a host too."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     """Chooses what computes the LLM's attention."""
     seed: int = 0

@@ -442,6 +442,8 @@ class RunConfig:
                 raise ValueError("train.parts holds adapter, but model.adapter is not set")
             if part in MEDIA and part not in self.model.media:
                 raise ValueError(f"train.parts holds {part}, but model.{part} is not set")
+            if part == "llm" and self.model.quantization is not None:
+                raise ValueError("train.parts holds llm, but weights of model.quantization do not train; leave one out")
         if idle := set(self.train.part_learning_rates) - set(self.parts):
             raise ValueError(f"train.part_learning_rates names {min(idle)}, which is not among train.parts")
         if self.model.has_adapter and "adapter" not in self.parts:

@@ -12,12 +12,13 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from mllm.budget import MEDIA, Space
 from mllm.config.medium import AudioConfig, FramesConfig, ImageConfig, VideoConfig
-from mllm.config.model import ADAPTERS, AdapterConfig
+from mllm.config.model import ADAPTERS, QUANTIZATIONS
 from mllm.config.nearest import nearest
 from mllm.config.reading import plain, read
 from mllm.config.space import space_of
 from mllm.encoders.av_hubert import register_av_hubert
 from mllm.hosts import find_family, host_tiling
+from mllm.utils.registry import Registry
 
 # Names that generation utilities and serving engines look for.
 CONFIG_KEYS = {"image": "vision_config", "audio": "audio_config", "video": "video_config"}
@@ -44,6 +45,7 @@ class ElasticConfig(PreTrainedConfig):
         new_tokens: by its text the id of each token that has an embedding row of its own beside the LLM's; rows are in
             the order of the ids. See `mllm.model.new_tokens`.
         adapter: the adapter inside the LLM, of `mllm.config.model` or as plain values.
+        quantization: how bitsandbytes keeps the frozen LLM, of `mllm.config.model` or as plain values.
         holds_adapter: the adapter is among the model's own weights, as in the export of a model on a host.
         trained_parts: what trains, and so what a run's checkpoint holds; see `mllm.model.trainables.PARTS`.
         sources: where each frozen part came from, by part (`llm`, `image`, ...), with its digest once trained.
@@ -71,6 +73,7 @@ class ElasticConfig(PreTrainedConfig):
     placeholder_ids: Any = None
     new_tokens: Any = None
     adapter: Any = None
+    quantization: Any = None
     holds_adapter: bool = False
     sources: Any = None
     trained_parts: list[str] | tuple[str, ...] = ("compressors", "adapter")
@@ -88,7 +91,9 @@ class ElasticConfig(PreTrainedConfig):
             self.text_config = self.host_config.get_text_config()
         self.media = {medium: _read_medium(medium, block) for medium, block in (self.media or {}).items()}
         if isinstance(self.adapter, Mapping):
-            self.adapter = _read_adapter(self.adapter)
+            self.adapter = _read_kind("adapter", ADAPTERS, self.adapter, default="lora")
+        if isinstance(self.quantization, Mapping):
+            self.quantization = _read_kind("quantization", QUANTIZATIONS, self.quantization)
         self.placeholder_ids = self.placeholder_ids or {}
         # A JSON file has its keys in the order of the alphabet.
         self.new_tokens = dict(sorted((self.new_tokens or {}).items(), key=lambda item: item[1]))
@@ -113,6 +118,10 @@ class ElasticConfig(PreTrainedConfig):
         if self.host_config is not None:  # it stands in the host's own
             values.pop("text_config", None)
         values["adapter"] = plain(self.adapter)
+        if self.quantization is None:
+            values.pop("quantization", None)
+        else:
+            values["quantization"] = plain(self.quantization)
         return values
 
     @property
@@ -181,11 +190,16 @@ def _read_medium(medium: str, block: Any) -> Any:
     return replace(block, encoder=replace(block.encoder, source=""))
 
 
-def _read_adapter(values: Mapping[str, Any]) -> AdapterConfig:
-    kind = values.get("kind", "lora")
-    if kind not in ADAPTERS:
-        raise ValueError(f"{FILE}: adapter.kind is {kind!r}; allowed: {', '.join(ADAPTERS)}")
+def _read_kind(key: str, classes: Registry[type], values: Mapping[str, Any], *, default: str = "") -> Any:
+    """Read a block that comes in kinds.
+
+    Raises:
+        ValueError: another kind, or a key that it has not.
+    """
+    kind = values.get("kind", default)
+    if kind not in classes:
+        raise ValueError(f"{FILE}: {key}.kind is {kind!r}; allowed: {', '.join(classes)}")
     try:
-        return read(ADAPTERS[kind], values, path="adapter")
+        return read(classes[kind], values, path=key)
     except ValueError as error:
         raise ValueError(f"{FILE}: {error}") from error

@@ -24,7 +24,7 @@ from mllm.budget import Budget
 from mllm.checkpoints.auto_classes import register
 from mllm.checkpoints.build import build, resolved
 from mllm.checkpoints.load import load_trainables, save_processor, save_run
-from mllm.checkpoints.sources import find_parts, identities, resolve_source, seen_from
+from mllm.checkpoints.sources import find_parts, identities, is_part, resolve_source, seen_from
 from mllm.config.model import ModelConfig
 from mllm.config.run import DataConfig, RunConfig, config_yaml, read_run_config
 from mllm.data.dataset import ManifestDataset
@@ -405,7 +405,7 @@ def _with_parts_located(config: ModelConfig, start: Checkpoint | None, sources: 
         if sources:
             raise ValueError("sources goes with resume; a fresh run takes its parts from model.llm and the encoders")
         return config
-    lost = {part: name for part, name in config.sources.items() if not Path(resolve_source(name)).is_dir()}
+    lost = {part: name for part, name in config.sources.items() if not is_part(resolve_source(name))}
     lost |= dict(sources)
     known = json.loads((start.folder / CONFIG).read_text(encoding="utf-8")).get("sources") or {}
     searched = {
