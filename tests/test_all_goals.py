@@ -16,6 +16,7 @@ LEAST: dict[str, list[str]] = {
     "grouped_questions": ["--questions", "2", "--new-tokens", "2"],
     "beam_decoding": ["--beams", "3", "--new-tokens", "4"],
     "budget_sweep": ["--new-tokens", "4"],
+    "long_audio": ["--recordings", "30", "--new-tokens", "2"],
     "merged_adapter": ["--new-tokens", "4"],
     "rank_balance": ["--samples", "500"],
     "serving": ["--requests", "8", "--clients", "1", "4"],

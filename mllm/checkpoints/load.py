@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from mllm.adapters import merge_adapters, select_experts
+from mllm.checkpoints.audio_padding import set_audio_padding
 from mllm.checkpoints.auto_classes import register
 from mllm.checkpoints.build import assemble
 from mllm.checkpoints.expert_folders import read_experts, write_experts
@@ -196,10 +197,12 @@ def load_for(
         device: where to put the model; when left out the CPU where the options say so, and as in `load` otherwise.
 
     Raises:
-        FileNotFoundError, ValueError: as `load`.
+        FileNotFoundError, ValueError: as `load`, or as `set_audio_padding`.
     """
+    if options.untrained_padding and options.audio_padding == "trained":
+        raise ValueError("untrained_padding is true; it goes with an audio_padding other than trained")
     with nullcontext() if options.verify else unchecked():
-        return load(
+        model, processor = load(
             options.model,
             dtype=options.dtype,
             device="cpu" if device is None and options.use_cpu else device,
@@ -208,6 +211,9 @@ def load_for(
             sources=options.sources,
             limits=options.limits,
         )
+    if options.audio_padding != "trained":
+        set_audio_padding(model, processor, options.audio_padding, untrained_padding=options.untrained_padding)
+    return model, processor
 
 
 def _device_of(device: str | torch.device | None) -> torch.device:

@@ -132,6 +132,7 @@ def _facts(settings: Settings, model: Any) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(model.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
         "dtype": settings.dtype,
         "merge_adapter": settings.merge_adapter,
+        "audio_padding": settings.audio_padding,
         "torch": torch.__version__,
         "batch_size": settings.batch_size,
         "new_tokens": settings.new_tokens,

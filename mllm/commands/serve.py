@@ -96,6 +96,7 @@ class Settings(LongAudioOptions, ModelOptions):
                 "checkpoint": self.checkpoint is not None,
                 "sources": bool(self.sources),
                 "merge_adapter": self.merge_adapter,
+                "audio_padding": self.audio_padding != "trained",
                 "use_cpu": self.use_cpu,
                 "budget auto": Budget.parse(self.budget).auto is not None,
                 "batching (all but batching.max_rows)": self.batching != Batching(max_rows=self.batching.max_rows),

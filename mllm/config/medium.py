@@ -17,6 +17,8 @@ from mllm.config.projector import LinearConfig, MlpConfig, MoeConfig, NoProjecto
 from mllm.config.reading import ConfigError, block, kinds
 from mllm.utils.registry import Registry
 
+AudioPadding = Literal["window", "none"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderAdapterConfig:
@@ -68,8 +70,19 @@ class AudioEncoderConfig:
     released_cut: bool = False
     """Keeps as many frames of Whisper as the released AVSR code cuts out, `max(int(samples / 16000 * 50), 25)`, instead
     of the whole frames of the clip; `released_behaviour` sets it."""
+    padding: AudioPadding = "window"
+    """Fills every clip with silence up to Whisper's window (30 seconds), as it was trained, or with none reads it at
+    its own length, which takes a fraction of the time; none is for an encoder that learns, see untrained_padding."""
+    untrained_padding: bool = False
+    """Takes padding none with an encoder that does not learn here, and may have been trained on whole windows."""
     adapter: EncoderAdapterConfig | None = None
     """Puts LoRA into the encoder, which learns with the LLM's adapter; nothing when left out."""
+
+    def __post_init__(self) -> None:
+        if self.padding == "none" and self.released_cut:
+            raise ConfigError("padding", "is none, and released_cut counts frames of silence; leave one of them out")
+        if self.untrained_padding and self.padding == "window":
+            raise ConfigError("untrained_padding", "is true; it goes with padding none")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,11 @@ class ModelOptions:
     merge_adapter: bool = False
     """Folds a LoRA into the LLM's weights first, which rounds them anew; refused where the adapter depends on the
     rows."""
+    audio_padding: Literal["trained", "window", "none"] = "trained"
+    """Reads audio as in training, or with window fills Whisper's window (30 seconds) with silence, or with none reads
+    clips at their own lengths, which takes a fraction of the time."""
+    untrained_padding: bool = False
+    """Takes another audio_padding than that of training, with which the model hears worse."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Keeps the frozen parts in this type."""
     verify: bool = True

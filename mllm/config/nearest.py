@@ -9,7 +9,7 @@ from difflib import get_close_matches
 
 MEDIUM_MOVES = {
     **{key: f"encoder.{key}" for key in ("feature_layer", "final_norm", "image_size", "max_num_patches")},
-    **{key: f"encoder.{key}" for key in ("pad_to_square", "released_cut", "size_pixels", "crop_pixels")},
+    **{key: f"encoder.{key}" for key in ("pad_to_square", "released_cut", "padding", "size_pixels", "crop_pixels")},
     "normalize_audio": "encoder.normalize",
     "encoder_adapter": "encoder.adapter",
     "frames": "encoder.count",

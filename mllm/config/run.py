@@ -354,6 +354,7 @@ class RunConfig:
                 )
             object.__setattr__(self, "train", replace(self.train, parts=list(self._usual_parts())))
         self._check_parts()
+        self._check_padding()
         self._check_data()
         if self.train.loss_kernel == "liger" and self.sampler.distills:
             raise ValueError(
@@ -431,6 +432,23 @@ class RunConfig:
             raise ValueError(
                 f"data.features.media is {list(kept)}; audio and video of one clip are brought to one length, so keep "
                 "both or neither"
+            )
+
+    def _check_padding(self) -> None:
+        """Refuse an encoder of audio that was trained on whole windows, hears clips alone, and does not learn to.
+
+        Raises:
+            ValueError: it does.
+        """
+        encoder = None if self.model.audio is None else self.model.audio.encoder
+        if encoder is None or encoder.padding == "window" or encoder.untrained_padding:
+            return
+        if encoder.adapter is None and "audio" not in self.parts:
+            raise ValueError(
+                "model.audio.encoder.padding is none, and the encoder stays frozen, while published weights were "
+                "trained on whole windows: give it an adapter (model.audio.encoder.adapter), train it (train.parts "
+                "with audio) or, where it was trained so or may hear worse, set "
+                "model.audio.encoder.untrained_padding"
             )
 
     def _check_parts(self) -> None:

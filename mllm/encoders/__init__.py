@@ -82,14 +82,15 @@ _NAFLEX = Family(
     },
 )
 _WHISPER = Family("audio", whisper_class, whisper_facts, wrap_whisper)
-_RELEASED_CUT = {"released_cut": "is about Whisper's window; leave it out"}
-_WAVE = Family("audio", wave_class, wave_facts, wrap_wave, _RELEASED_CUT)
+_ABOUT_WINDOW = "is about Whisper's window; leave it out"
+_WINDOW_KEYS = {"released_cut": _ABOUT_WINDOW, "padding": _ABOUT_WINDOW}
+_WAVE = Family("audio", wave_class, wave_facts, wrap_wave, _WINDOW_KEYS)
 _AV_HUBERT_AUDIO = Family(
     "audio",
     av_hubert_class,
     av_hubert_audio_facts,
     wrap_av_hubert_audio,
-    {**_RELEASED_CUT, "normalize": "does not go with AV-HuBERT, whose features are normalised; leave it out"},
+    {**_WINDOW_KEYS, "normalize": "does not go with AV-HuBERT, whose features are normalised; leave it out"},
 )
 
 ENCODERS: Registry[Family] = Registry(

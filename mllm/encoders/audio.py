@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from mllm.config.medium import AudioEncoderConfig
@@ -25,6 +26,52 @@ WHISPER_FRAMES_PER_SECOND = 50
 RELEASED_LEAST_FRAMES = 25
 
 WAVE_CLASSES = {"hubert": "HubertModel", "wav2vec2": "Wav2Vec2Model", "wavlm": "WavLMModel"}
+
+
+class WhisperClipEncoder(Encoder):
+    """Runs Whisper's encoder on clips at their own lengths, without the silence that would fill its window.
+
+    A clip gives what the library's encoder gives with as many positions as the clip has frames: each convolution sees
+    zeros behind its end, and attention sees nothing there. A published Whisper was trained on whole windows, and hears
+    worse so until it has learned it.
+    """
+
+    def __init__(self, *, backbone: WhisperEncoder) -> None:
+        super().__init__(backbone)
+        backbone.layerdrop = 0.0  # see `WaveformEncoder`
+        self.hidden_size: int = backbone.config.d_model
+        self.frames_per_second = SAMPLE_RATE_HZ / WHISPER_SAMPLES_PER_FRAME
+
+    def lengths(self, raw: Tensor) -> Tensor:
+        """Counts feature frames (N,) of samples (N,)."""
+        return raw // WHISPER_SAMPLES_PER_FRAME
+
+    def forward(self, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Encodes clips.
+
+        Args:
+            values: (N, 2 * T, mel bins) log-mel of the longest clip; what follows a clip's end does not matter.
+            lengths: (N,) true samples of each clip at 16 kHz.
+
+        Returns:
+            features (N, T, D) and the true frames (N,).
+        """
+        backbone, num_frames = self.backbone, self.lengths(lengths)
+        is_mel = torch.arange(values.shape[1], device=values.device) < 2 * num_frames[:, None]
+        mel = values.masked_fill(~is_mel[..., None], 0.0).transpose(1, 2)
+        hidden = nn.functional.gelu(backbone.conv1(mel)).masked_fill(~is_mel[:, None], 0.0)
+        hidden = nn.functional.gelu(backbone.conv2(hidden)).transpose(1, 2)
+        hidden = hidden + backbone.embed_positions.weight[: hidden.shape[1]]
+        hidden = nn.functional.dropout(hidden, p=backbone.dropout, training=backbone.training)
+        is_frame = torch.arange(hidden.shape[1], device=values.device) < num_frames[:, None]
+        mask = create_bidirectional_mask(backbone.config, inputs_embeds=hidden, attention_mask=is_frame)
+        for layer in backbone.layers:
+            hidden = layer(hidden, mask)
+        return backbone.layer_norm(hidden), num_frames
+
+    def smallest_input(self) -> tuple[Tensor, Tensor]:
+        """Makes a clip of a single frame."""
+        return torch.zeros(1, 2, self.backbone.config.num_mel_bins), torch.tensor([WHISPER_SAMPLES_PER_FRAME])
 
 
 class WhisperWindowEncoder(Encoder):
@@ -219,10 +266,11 @@ def wave_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return getattr(transformers, WAVE_CLASSES[config.model_type])
 
 
-def wrap_whisper(backbone: PreTrainedModel, block: AudioEncoderConfig) -> WhisperWindowEncoder:
+def wrap_whisper(backbone: WhisperEncoder, block: AudioEncoderConfig) -> Encoder:
     """Wraps Whisper's encoder as an encoder of this project."""
-    released_cut = block.released_cut
-    return WhisperWindowEncoder(backbone=backbone, released_cut=released_cut)  # pyright: ignore[reportArgumentType]
+    if block.padding == "none":
+        return WhisperClipEncoder(backbone=backbone)
+    return WhisperWindowEncoder(backbone=backbone, released_cut=block.released_cut)
 
 
 def wrap_wave(backbone: PreTrainedModel, block: AudioEncoderConfig) -> WaveformEncoder:

@@ -30,6 +30,7 @@ NEVER_IN_ANSWERS = {
     "limit": "says how many samples are asked, not what",
     "allow_untrained": "says which budgets are refused; an answer says itself whether its budget was trained",
     "allow_training_noise": "says whether the noise is refused",
+    "untrained_padding": "says whether audio_padding is refused",
     "name": "says where answers are kept",
     "out": "says where answers are kept",
     "vqav2_questions": "is of what is handed in",

@@ -444,8 +444,9 @@ def _vision_encoder(config: Any, item: Item, block: Any) -> int:
 
 
 def _whisper(config: Any, item: Item, block: Any) -> int:
-    """Counts the whole window, whatever the clip."""
+    """Counts the whole window, whatever the clip, or the clip alone where it is not padded."""
     window, size = config.max_source_positions, config.d_model
+    window = item.num_features if block.padding == "none" else window
     convolutions = 2 * 3 * size * (config.num_mel_bins * 2 * window + size * window)
     return convolutions + _transformer(config.encoder_layers, size, config.encoder_ffn_dim, window)
 

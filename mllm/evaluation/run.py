@@ -273,7 +273,7 @@ def gather(work: Sequence[Work], store: AnswerStore) -> list[Line]:
 def _facts(settings: EvaluationConfig, config: Any) -> dict[str, Any]:
     keys = (
         *("manifest", "num_beams", "length_penalty", "max_new_tokens", "seed", "dtype", "limit", "noise"),
-        *("long_audio", "window_seconds", "overlap_seconds"),
+        *("long_audio", "window_seconds", "overlap_seconds", "audio_padding"),
     )
     values = {key: getattr(settings, key) for key in keys}
     return {"model": str(settings.model_folder), **values, **_cost_facts(config)}

@@ -33,7 +33,8 @@ def preprocessor_values(block: Any, encoder: PreTrainedConfig, values: Mapping[s
     if isinstance(block, LipsConfig):
         return {"size_pixels": block.size_pixels, "crop_pixels": block.crop_pixels}
     if isinstance(block, AudioEncoderConfig):
-        return {**values, "normalize_audio": block.normalize} if values else {}
+        own = {"normalize_audio": block.normalize, **({} if block.padding == "window" else {"pads_audio": False})}
+        return {**values, **own} if values else {}
     assert isinstance(block, ImageEncoderConfig)
     if encoder.model_type == "siglip2_vision_model":
         most = getattr(encoder, "num_patches", 0) if block.max_num_patches == "auto" else block.max_num_patches

@@ -117,10 +117,13 @@ class WhisperMel:
     Args:
         extractor: a `WhisperFeatureExtractor`; its rate, mel bins and window apply.
         standardized: zero mean and unit variance of the waveform first, as the published AVSR systems do.
+        pads: false leaves out the silence behind the clip and gives (frames, M), two mel frames to each whole feature
+            frame of the clip.
     """
 
     extractor: Any
     standardized: bool = False
+    pads: bool = True
 
     @property
     def window_seconds(self) -> float:
@@ -139,7 +142,11 @@ class WhisperMel:
                 "video of its clip"
             )
         samples = standardize(raw.samples, epsilon=1e-8) if self.standardized else raw.samples
-        return whisper_log_mel(samples, self.extractor), len(samples)
+        window = whisper_log_mel(samples, self.extractor)
+        if self.pads:
+            return window, len(samples)
+        num_mel_frames = 2 * (len(samples) // (2 * self.extractor.hop_length))
+        return window[:, :num_mel_frames].T.contiguous(), len(samples)
 
 
 @dataclass(frozen=True)
@@ -231,7 +238,8 @@ def build_transform(medium: str, encoder: Any, preprocessor: Mapping[str, Any]) 
         encoder: config of the encoder's backbone; Whisper takes log-mel windows, AV-HuBERT filterbank
             frames, other audio encoders waveforms.
         preprocessor: image: `to_dict()` of a Hugging Face image processor. audio: `to_dict()` of its feature
-            extractor, and `normalize_audio` to standardise each utterance. video: `crop_pixels`.
+            extractor, `normalize_audio` to standardise each utterance, and `pads_audio`, whether Whisper's window is
+            filled. video: `crop_pixels`.
 
     Raises:
         ValueError: an unknown medium, or an image processor or feature extractor that transformers does not know.
@@ -251,10 +259,11 @@ def _build_audio(encoder: Any, preprocessor: dict[str, Any]) -> MediaTransform:
     from transformers import WhisperFeatureExtractor
 
     standardized = bool(preprocessor.pop("normalize_audio", False))
+    pads = bool(preprocessor.pop("pads_audio", True))
     if encoder.model_type == "av_hubert_audio":
         return Filterbank()
     if encoder.model_type == "whisper":
-        return WhisperMel(WhisperFeatureExtractor.from_dict(preprocessor), standardized)
+        return WhisperMel(WhisperFeatureExtractor.from_dict(preprocessor), standardized, pads)
     standardized = standardized or bool(preprocessor.get("do_normalize", False))
     return Waveform(preprocessor.get("sampling_rate", 16_000), standardized)
 

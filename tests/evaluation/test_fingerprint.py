@@ -34,6 +34,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "constant_prompt": {"constant_prompt": True},
     "static_cache": {"static_cache": True},
     "dtype": {"dtype": "bfloat16"},
+    "audio_padding": {"audio_padding": "none"},
+    "untrained_padding": {"untrained_padding": True},
     "long_audio": {"long_audio": "chunk"},
     "window_seconds": {"long_audio": "chunk", "window_seconds": 20.0},
     "overlap_seconds": {"long_audio": "chunk", "overlap_seconds": 2.0},
