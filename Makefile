@@ -83,7 +83,7 @@ test-oldest: $(VENV)-oldest/stamp
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -m "not slow" -n 2 --dist worksteal
 	$(VENV)-oldest/bin/python -m mllm $(SHORT_DEMO) --out runs/demo-oldest
 
-## make test-newest  the same with the newest releases there are, whether pyproject.toml allows them or not
+## make test-newest  the same, and numbers and sizes of the hosts of `make test-hosts`, with the newest releases there are, whether pyproject.toml allows them or not
 test-newest: export PATH := $(CURDIR)/$(VENV)-newest/bin:$(PATH)
 test-newest: | $(VENV)-newest/bin/python
 	@echo "installing the newest releases in $(VENV)-newest: some gigabytes where torch must be downloaded"
@@ -92,6 +92,7 @@ test-newest: | $(VENV)-newest/bin/python
 	$(VENV)-newest/bin/python -m pip install --quiet --upgrade --requirement $(VENV)-newest/wanted.txt
 	$(VENV)-newest/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest -m "not slow" -n 2 --dist worksteal
+	REQUIRE_HOSTS=1 OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest tests/hosts/test_exactness.py tests/hosts/test_resizing.py -k "$(HOSTS_APART)" -n 2
 	$(VENV)-newest/bin/python -m mllm $(SHORT_DEMO) --out runs/demo-newest
 
 ## make newest     what is locked beside the newest releases there are, and what of it is beyond the tested range
@@ -115,14 +116,16 @@ $(VENV)-liger/stamp: $(LOCK) | $(VENV)-liger/bin/python
 test-liger: $(VENV)-liger/stamp
 	TRITON_INTERPRET=1 REQUIRE_LIGER=1 OMP_NUM_THREADS=1 $(VENV)-liger/bin/python -m pytest tests/training/test_fused_loss.py tests/checkpoints/test_quantization.py
 
+# torchvision goes with torch for CUDA alone, so that of the CPU would only be replaced.
 $(VENV)-hosts/stamp: $(LOCK) | $(VENV)-hosts/bin/python
-	$(VENV)-hosts/bin/python $(INSTALL) --no-project
+	@echo "installing torch with CUDA, which torchvision wants, in $(VENV)-hosts: 6 GB"
 	$(VENV)-hosts/bin/python -m pip install --quiet --editable ".[hosts,test]"
 	@touch $@
 
+HOSTS_APART := smolvlm or cohere2_vision or granite_speech or mistral3
 ## make test-hosts the tests of hosts whose processors need num2words, torchvision or torchaudio, in an environment of their own
 test-hosts: $(VENV)-hosts/stamp
-	REQUIRE_HOSTS=1 OMP_NUM_THREADS=1 $(VENV)-hosts/bin/python -m pytest tests/hosts -k "smolvlm or cohere2_vision or granite_speech or mistral3"
+	REQUIRE_HOSTS=1 OMP_NUM_THREADS=1 $(VENV)-hosts/bin/python -m pytest tests/hosts -k "$(HOSTS_APART)"
 
 $(VENV)-lips/stamp: $(LOCK) | $(VENV)-lips/bin/python
 	$(VENV)-lips/bin/python $(INSTALL) --no-project
