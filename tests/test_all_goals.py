@@ -17,6 +17,7 @@ LEAST: dict[str, list[str]] = {
     "beam_decoding": ["--beams", "3", "--new-tokens", "4"],
     "budget_sweep": ["--new-tokens", "4"],
     "long_audio": ["--recordings", "30", "--new-tokens", "2"],
+    "host_budgets": ["--side", "112", "--new-tokens", "2"],
     "merged_adapter": ["--new-tokens", "4"],
     "rank_balance": ["--samples", "500"],
     "serving": ["--requests", "8", "--clients", "1", "4"],
