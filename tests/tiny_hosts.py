@@ -305,6 +305,21 @@ def _qwen3_vl_config(tokenizer: Any) -> Any:
     )
 
 
+def _qwen3_5_config(tokenizer: Any) -> Any:
+    text = _mrope_text((2, 1, 1), mrope_interleaved=True, partial_rotary_factor=1.0)
+    linear = {f"linear_{kind}_head_dim": 8 for kind in ("key", "value")}
+    return hf.Qwen3_5Config(
+        vision_config={**_MERGED_VISION, "num_position_embeddings": 144},
+        text_config={
+            **{**text, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"]},
+            **{**linear, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_conv_kernel_dim": 4},
+        },
+        tie_word_embeddings=False,
+        **_merged_ids(tokenizer),
+        **_vision_ids(tokenizer),
+    )
+
+
 def _glm4v_config(tokenizer: Any) -> Any:
     names = ("image_start", "image_end", "video_start", "video_end")
     tokens = ("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>")
@@ -417,7 +432,7 @@ def _llava_next_processor(tokenizer: Any) -> Any:
 
 def _mistral3_config(tokenizer: Any) -> Any:
     return hf.Mistral3Config(
-        vision_config=hf.PixtralVisionConfig(**{**VISION, "image_size": 64}, head_dim=8),
+        vision_config=hf.PixtralVisionConfig(**{**VISION, "image_size": 128}, head_dim=8),
         text_config=hf.MistralConfig(**TEXT, head_dim=8, sliding_window=None),
         image_token_id=_id(tokenizer, "[IMG]"),
         spatial_merge_size=2,
@@ -560,6 +575,7 @@ HOSTS: dict[str, TinyHost] = {
             ("qwen2_vl", _qwen2_vl_config),
             ("qwen2_5_vl", _qwen2_5_vl_config),
             ("qwen3_vl", _qwen3_vl_config),
+            ("qwen3_5", _qwen3_5_config),
         )
     },
     "glm4v": TinyHost(
@@ -605,7 +621,7 @@ HOSTS: dict[str, TinyHost] = {
 }
 SIGLIP_LLAVA = TinyHost(("<image>",), IMAGES_FIRST, _siglip_llava_config, _siglip_llava_processor)
 """Another member of a family, whose encoder has no class token."""
-KEEP_SHAPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "gemma4", "mistral3")
+KEEP_SHAPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v", "gemma4", "mistral3")
 """Families whose images keep their shape."""
 NEEDS = {
     "smolvlm": "num2words",

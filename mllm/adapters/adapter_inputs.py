@@ -1,10 +1,10 @@
 """Passes per-row scale and task ids to the adapters inside an unmodified decoder.
 
-Knows decoder layers by their `self_attn`. Does not know what an adapter computes.
+Knows decoder layers by their `self_attn` or `linear_attn`. Does not know what an adapter computes.
 
 The model passes one `AdapterInputs` as the keyword `adapter_inputs` of the LLM. Decoders of transformers pass unknown
-keywords on to each layer and each layer to its `self_attn`, and there a hook takes it out and gives it to the adapters
-of that layer. The hook is on `self_attn` and not on the layer, because a layer's activations may be computed again in
+keywords on to each layer and each layer to its attention, and there a hook takes it out and gives it to the adapters
+of that layer. The hook is on the attention and not on the layer, because a layer's activations may be computed again in
 the backward pass: transformers checkpoints a layer's `forward`, so hooks of the layer would not run again, while those
 inside it do, with the keywords of the pass that is being repeated. So nothing is ever read that another pass has set.
 
@@ -90,10 +90,10 @@ def decoder_layers(llm: nn.Module) -> list[nn.Module]:
     """Lists the layers of a decoder.
 
     Raises:
-        ValueError: an LLM whose layers do not all have a `self_attn` and an `mlp`.
+        ValueError: an LLM whose layers do not all have an attention, full or linear, and an `mlp`.
     """
     layers = list(getattr(llm, "layers", []))
-    if not layers or not all(hasattr(layer, "self_attn") and hasattr(layer, "mlp") for layer in layers):
+    if not layers or not all(_attention(layer) is not None and hasattr(layer, "mlp") for layer in layers):
         raise ValueError(
             f"{type(llm).__name__} has layers without self_attn or mlp; this adapter needs a decoder such as Llama, "
             "Qwen or Gemma"
@@ -101,9 +101,14 @@ def decoder_layers(llm: nn.Module) -> list[nn.Module]:
     return layers
 
 
+def _attention(layer: nn.Module) -> Any:
+    """Return what mixes the tokens of a layer: its attention, or linear attention as Qwen3.5 has it in most layers."""
+    return getattr(layer, "self_attn", None) or getattr(layer, "linear_attn", None)
+
+
 def connect(layer: nn.Module, adapters: Sequence[Adapter]) -> None:
     """Lets the attention of a layer pass the adapter inputs it gets to the adapters of that layer."""
-    attention: Any = layer.self_attn
+    attention = _attention(layer)
     attention.served_adapters = tuple(adapters)  # a tuple, so that they are not registered as its children
     attention.register_forward_pre_hook(_pass_adapter_inputs, with_kwargs=True)
 

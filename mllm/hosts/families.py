@@ -111,6 +111,8 @@ class HostFamily:
         channels: what its decoder reads of a token beside its embedding.
         has_grid_positions: its positions have three dimensions; see `mllm.hosts.positions`.
         caps_logits: its head caps logits as its text config says.
+        reads_whole: why prompts cannot be read in parts, which may then be shared, kept and joined; empty where they
+            can.
     """
 
     model_class: str
@@ -125,6 +127,12 @@ class HostFamily:
     channels: Channels | None = None
     has_grid_positions: bool = False
     caps_logits: bool = False
+    reads_whole: str = ""
+
+    @property
+    def shares_beginnings(self) -> bool:
+        """Whether prompts that begin alike can be read as far as that once."""
+        return not self.reads_whole and (self.channels is None or self.channels.is_causal)
 
     @property
     def reads(self) -> Images | Patches | Clips:
@@ -188,6 +196,15 @@ HOSTS: dict[str, HostFamily] = {
         patches=_MERGED,
         channels=Levels(),
         has_grid_positions=True,
+    ),
+    "qwen3_5": HostFamily(
+        "Qwen3_5ForConditionalGeneration",
+        "Qwen3VLProcessor",
+        encoder="visual",
+        merging=("merger",),
+        patches=_MERGED,
+        has_grid_positions=True,
+        reads_whole="its layers of linear attention keep one state of all they have read",
     ),
     "glm4v": HostFamily(
         "Glm4vForConditionalGeneration",
@@ -279,7 +296,6 @@ HOSTS: dict[str, HostFamily] = {
 _TYPICAL_SIDE = 16
 """Rows and columns of an image that reports are about, where images keep their shape."""
 NOT_YET: dict[str, str] = {
-    "qwen3_5": "its layers of linear attention have no place for the adapter",
     "qwen2_5_omni": "it reads several media at once",
     "paligemma": "its prompts are made by no template, and are read in both directions",
     "llava_onevision": "it scales the map of a large image down before it reads it",

@@ -168,7 +168,8 @@ class HostProcessor:
         if self.facts.grid is None:
             return None
         rows, columns = self.facts.grid
-        return resizing_of(self.config.model_type, values["preprocessor"], rows * columns)
+        given = {**values["preprocessor"], **values["arguments"]}
+        return resizing_of(self.config.model_type, given, rows * columns)
 
     def __call__(self, raw: Image.Image | Audio, resolution: Resolution | None = None) -> HostItem:
         """Process one image or clip.

@@ -38,14 +38,14 @@ class ResizingKind:
 
     Args:
         seen: how an image of height and width is seen at a setting, by the processor's plain values.
-        settings: smaller ones than the default, from the largest down, by the same values.
+        settings: smaller ones than the default at which anything is left of an image, from the largest down.
         default: the setting that those values mean.
         keywords: what makes the processor take a setting, by the same values.
         is_monotone: a smaller setting never has more tokens, so that long lists of them are not gone through.
     """
 
     seen: Callable[[Values, Size, int], Seen]
-    settings: Callable[[Values], Sequence[int]]
+    settings: Callable[[Values, Size], Sequence[int]]
     default: Callable[[Values], int]
     keywords: Callable[[Values, int], dict[str, Any]]
     is_monotone: bool = False
@@ -57,7 +57,7 @@ class HostResizing:
 
     Args:
         kind: of `RESIZING`.
-        values: plain values of the image processor.
+        values: plain values of the image processor, and over them the arguments of the processor that it is a part of.
         tokens: of one encoded image at the full budget, where all have as many.
     """
 
@@ -82,7 +82,7 @@ class HostResizing:
         default = self.default(image)
         if default.tokens <= max_tokens:
             return default
-        settings = self.kind.settings(self.values)
+        settings = self.kind.settings(self.values, image)
         if self.kind.is_monotone:
             start = bisect_left(settings, -max_tokens, key=lambda setting: -self._at(image, setting).tokens)
             settings = settings[min(start, len(settings) - 1) :][:1]
@@ -110,7 +110,7 @@ def resizing_of(model_type: str, values: Values, tokens: int) -> HostResizing | 
     """Return how a host's images are resized; None where they are seen at one size.
 
     Args:
-        values: plain values of its image processor.
+        values: plain values of its image processor, and over them the arguments of its processor.
         tokens: of one encoded image at the full budget, where all have as many.
     """
     kind = RESIZING.get(model_type)
@@ -157,7 +157,7 @@ def _within_max_edge(height: int, width: int) -> Size:
     return height, width
 
 
-def _idefics_settings(values: Values) -> range:
+def _idefics_settings(values: Values, _: Size) -> range:
     """List whole numbers of tiles along the longer side, which is where the count changes."""
     tile = int(values["max_image_size"]["longest_edge"])
     default = int(values["size"]["longest_edge"])
@@ -211,7 +211,7 @@ def _arrangements(least: int, most: int) -> list[tuple[int, int]]:
     return sorted(shapes, key=lambda shape: shape[0] * shape[1])
 
 
-def _max_tiles_settings(values: Values) -> range:
+def _max_tiles_settings(values: Values, _: Size) -> range:
     return range(int(values["max_patches"]) - 1, 0, -1)
 
 
@@ -270,12 +270,12 @@ def _min_pixels(values: Values, max_pixels: int) -> int:
     return min(int(values["size"]["shortest_edge"]), max_pixels)
 
 
-def _qwen_settings(values: Values) -> range:
+def _qwen_settings(values: Values, _: Size) -> range:
     """List areas of whole tokens."""
     return _areas(values, frames=1)
 
 
-def _glm4v_settings(values: Values) -> range:
+def _glm4v_settings(values: Values, _: Size) -> range:
     return _areas(values, frames=int(values["temporal_patch_size"]))
 
 
@@ -297,24 +297,50 @@ def gemma4_grid(values: Values, image: Size, max_tokens: int) -> Seen:
     return Seen(1, (rows, columns))
 
 
-def _gemma4_settings(values: Values) -> list[int]:
+def _gemma4_settings(values: Values, _: Size) -> list[int]:
     return [tokens for tokens in GEMMA4_TOKENS if tokens < int(values["max_soft_tokens"])]
+
+
+def pixtral_grid(values: Values, image: Size, longest_edge: int) -> Seen:
+    """Tell the grid of Mistral 3's images: made no longer than so many pixels, and then up to whole tokens.
+
+    Raises:
+        ValueError: an image so thin that nothing would be left of it.
+    """
+    (height, width), side = image, _cell_pixels(values)
+    ratio = max(image) / longest_edge
+    if ratio > 1:
+        height, width = math.floor(height / ratio), math.floor(width / ratio)
+    if not height or not width:
+        raise ValueError(f"of an image of {image[0]} x {image[1]} pixels nothing is left at {longest_edge} pixels")
+    return Seen(1, ((height - 1) // side + 1, (width - 1) // side + 1))
+
+
+def _pixtral_settings(values: Values, image: Size) -> range:
+    """List whole numbers of tokens along the longer side, as long as the shorter one has a pixel."""
+    side, most_ratio = _cell_pixels(values), max(image) / min(image)
+    fewest = math.ceil(most_ratio / side)
+    return range((_longest_edge(values) - 1) // side * side, (fewest - 1) * side, -side)
+
+
+def _cell_pixels(values: Values) -> int:
+    """Return the side of a soft token in pixels, by what Pixtral's processor hands to its image processor."""
+    return int(values["patch_size"]) * int(values["spatial_merge_size"])
 
 
 def _longest_edge(values: Values) -> int:
     return int(values["size"]["longest_edge"])
 
 
+def _edge_keywords(_: Values, setting: int) -> dict[str, Any]:
+    return {"size": {"longest_edge": setting}}
+
+
 def _area_keywords(values: Values, setting: int) -> dict[str, Any]:
     return {"size": {"shortest_edge": _min_pixels(values, setting), "longest_edge": setting}}
 
 
-_IDEFICS = ResizingKind(
-    idefics_tiles,
-    _idefics_settings,
-    _longest_edge,
-    keywords=lambda _, setting: {"size": {"longest_edge": setting}},
-)
+_IDEFICS = ResizingKind(idefics_tiles, _idefics_settings, _longest_edge, _edge_keywords)
 _INTERNVL = ResizingKind(internvl_tiles, _max_tiles_settings, _max_tiles, _max_tiles_keywords)
 _QWEN = ResizingKind(qwen_grid, _qwen_settings, _longest_edge, _area_keywords, is_monotone=True)
 RESIZING: dict[str, ResizingKind] = {
@@ -326,6 +352,7 @@ RESIZING: dict[str, ResizingKind] = {
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
     "qwen3_vl": _QWEN,
+    "qwen3_5": _QWEN,
     "glm4v": ResizingKind(glm4v_grid, _glm4v_settings, _longest_edge, _area_keywords, is_monotone=True),
     "gemma4": ResizingKind(
         gemma4_grid,
@@ -333,5 +360,6 @@ RESIZING: dict[str, ResizingKind] = {
         default=lambda values: int(values["max_soft_tokens"]),
         keywords=lambda _, setting: {"max_soft_tokens": setting},
     ),
+    "mistral3": ResizingKind(pixtral_grid, _pixtral_settings, _longest_edge, _edge_keywords, is_monotone=True),
 }
 """By the `model_type` of the host's config; the others see images at one size."""

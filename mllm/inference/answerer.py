@@ -87,7 +87,7 @@ class Answerer:
 
     def __post_init__(self) -> None:
         if self.constant_prompt and not self.processor.shares_beginnings:
-            raise ValueError("constant_prompt is true, but the images of this host see themselves both ways")
+            raise ValueError("constant_prompt is true, but the prompts of this host cannot be read in parts")
         if self.constant_prompt and self.decoding.static_cache:
             raise ValueError("constant_prompt is true with static_cache; a static cache cannot take over another")
         if self.long_audio.mode == "chunk":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 
+from mllm.hosts import find_family
 from mllm.kv_cache.beam import allows_sharing, num_copies, prefill, reads_prompt_once, spread
 from mllm.kv_cache.names import cache_argument
 from mllm.kv_cache.shared_prefix import Prefixes
@@ -65,7 +66,7 @@ class ElasticGenerationMixin(GenerationMixin):
         """
         prompts = self._begin_prompts(kwargs.pop("input_ids", inputs), kwargs)
         past = prompts.past
-        if reads_prompt_once(prompts.input_ids, kwargs, self.generation_config):
+        if not self._reads_whole and reads_prompt_once(prompts.input_ids, kwargs, self.generation_config):
             past = self._read_rest(prompts, kwargs)
             past = spread(past, num_copies(kwargs, self.generation_config))
         if past is not None:
@@ -88,12 +89,21 @@ class ElasticGenerationMixin(GenerationMixin):
             soft token, or with a new token behind the LLM's vocabulary.
 
         Raises:
-            ValueError: groups of rows, or a constant prompt, together with options that forbid sharing.
+            ValueError: groups of rows, or a constant prompt, together with options that forbid sharing; or a host whose
+                prompts cannot be read in parts.
         """
+        if self._reads_whole:
+            raise ValueError(f"prompts of this host cannot be read in parts: {self._reads_whole}")
         prompts = self._begin_prompts(kwargs.pop("input_ids"), kwargs)
         cache = self._read_rest(replace(prompts, past=DynamicCache() if prompts.past is None else prompts.past), kwargs)
         ends_soft = prompts.is_soft is not None and bool(prompts.is_soft[:, -1].any())
         return cache, kwargs["inputs_embeds"][:, -1] if ends_soft else None
+
+    @property
+    def _reads_whole(self) -> str:
+        """Why prompts cannot be read in parts; empty where they can."""
+        host = self.config.host_config
+        return "" if host is None else find_family(host.model_type, reference="the host").reads_whole
 
     def _begin_prompts(self, input_ids: Any, kwargs: dict[str, Any]) -> "_Prompts":
         """Encodes the media of prompts and reads what rows share; takes the arguments about both out of `kwargs`.

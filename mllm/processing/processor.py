@@ -541,8 +541,7 @@ class ElasticProcessor(ProcessorCalls):
     @property
     def shares_beginnings(self) -> bool:
         """Whether prompts can be read in parts: no token of them sees what stands behind it."""
-        channels = None if self.host is None else self.host.family.channels
-        return channels is None or channels.is_causal
+        return self.host is None or self.host.family.shares_beginnings
 
 
 def without_answer(messages: Sequence[Message]) -> tuple[Message, ...]:

@@ -42,6 +42,9 @@ class Engine:
 
     Args:
         on_encoded: called with every item that was encoded just now.
+
+    Raises:
+        ValueError: a host whose prompts cannot be read in parts.
     """
 
     def __init__(
@@ -51,6 +54,11 @@ class Engine:
         *,
         on_encoded: Callable[[MediaItem], None] = lambda item: None,
     ) -> None:
+        if processor.host is not None and (reason := processor.host.family.reads_whole):
+            raise ValueError(
+                f"a server reads prompts in parts, so that answers can be interrupted, and those of this "
+                f"{processor.host.config.model_type} cannot be: {reason}"
+            )
         self.model = model
         self.processor = processor
         self.decode = decoder_of(processor.tokenizer)

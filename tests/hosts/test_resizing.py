@@ -33,7 +33,7 @@ def roomy(processor: ElasticProcessor) -> ElasticProcessor:
     assert processor.settings.host is not None
     values = processor.host.processor.image_processor.to_dict()
     for key, larger in LARGER.items():
-        values |= larger if key in values else {}
+        values |= larger if key in values or key == values["image_processor_type"] else {}
     roomy = copy(processor)
     kept = {**processor.settings.host, "preprocessor": values}
     roomy.host = HostProcessor(processor.host.config, kept, processor.tokenizer)
@@ -46,8 +46,9 @@ LARGER: dict[str, dict[str, Any]] = {
     "max_patches": {"max_patches": 12},
     "merge_size": {"size": {"shortest_edge": 256, "longest_edge": 64 * 150}},
     "max_soft_tokens": {"max_soft_tokens": 280},
+    "PixtralImageProcessor": {"size": {"longest_edge": 120}},
 }
-"""By a key that tells the kind of image processor."""
+"""By a key of an image processor's that tells its kind, or its type."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -59,7 +60,7 @@ def test_every_setting_sees_what_the_size_says(adopted: Any, family: str) -> Non
         height, width = size
         image = Image.new("RGB", (width, height), (90, 120, 200))
         default = host.resizing.default(size)
-        resolutions = {default, *(host.resizing._at(size, setting) for setting in kind.settings(values))}
+        resolutions = {default, *(host.resizing._at(size, setting) for setting in kind.settings(values, size))}
         for resolution in resolutions:
             item = host(image, resolution)  # raises where the processor makes others
             assert item.tokens * item.num_placeholders == resolution.tokens
@@ -95,6 +96,14 @@ def test_released_sizes_are_counted_as_their_processors_do() -> None:
     gemma = resizing_of("gemma4", {"pooling_kernel_size": 3, "patch_size": 16, "max_soft_tokens": 280}, 0)
     assert qwen is not None
     assert gemma is not None
+    edge = {"size": {"longest_edge": 1540}, "patch_size": 14, "spatial_merge_size": 2}
+    mistral = resizing_of("mistral3", edge, 0)
+    assert mistral is not None
+    assert (mistral.default(full_hd).tokens, mistral.at_most(full_hd, 256).tokens) == (1705, 252)
+    with pytest.raises(ValueError, match=r"^image<=1 cannot be met: an image of 20 x 2000 pixels takes at least 4 "):
+        mistral.at_most((20, 2000), 1)
+    with pytest.raises(ValueError, match=r"^of an image of 1 x 2000 pixels nothing is left at 1540 pixels$"):
+        mistral.default((1, 2000))
     assert (qwen.default(full_hd).tokens, qwen.at_most(full_hd, 256).tokens) == (2691, 252)
     assert [gemma.at_most(full_hd, most).tokens for most in (264, 263, 119)] == [264, 120, 66]
     with pytest.raises(ValueError, match=r"image<=63 cannot be met: an image of 1080 x 1920 pixels takes at least 64 "):
@@ -103,7 +112,7 @@ def test_released_sizes_are_counted_as_their_processors_do() -> None:
 
 def tiles_of(resizing: HostResizing, image: Size) -> list[int]:
     """The numbers of encoded images there are, from the default down."""
-    settings = resizing.kind.settings(resizing.values)
+    settings = resizing.kind.settings(resizing.values, image)
     resolutions = [resizing.default(image), *(resizing._at(image, setting) for setting in settings)]
     return sorted({one.num_images for one in resolutions}, reverse=True)
 

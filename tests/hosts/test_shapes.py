@@ -27,7 +27,7 @@ FAST = ["qwen3_vl"]
 FAMILIES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in tiny_hosts.KEEP_SHAPE]
 GRID_POSITIONS = [
     name if name == "qwen3_vl" else pytest.param(name, marks=pytest.mark.slow)
-    for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v")
+    for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v")
 ]
 SIZES = ((30, 40), (64, 24), (24, 64))
 
@@ -135,12 +135,27 @@ def test_questions_about_one_image_are_answered_as_alone(adopted: Any, family: s
     answerer = Answerer(model, processor, decoding=Decoding(max_new_tokens=6))
     image, texts = tiny_hosts.image(64, 24), ["what is this?", "what?", "what is the colour of it?"]
     together = answerer.answer_questions(texts, image=image, budget="image=/4")
-    assert min(answer.num_shared_tokens for answer in together) > 0
+    assert (min(answer.num_shared_tokens for answer in together) > 0) == processor.shares_beginnings
     alone = [answerer(text, image=image, budget="image=/4") for text in texts]
     assert [answer.text for answer in together] == [answer.text for answer in alone]
 
 
-@pytest.mark.parametrize("family", GRID_POSITIONS)
+@pytest.mark.slow
+def test_prompts_of_linear_attention_are_never_read_in_parts(adopted: Any) -> None:
+    model, processor, _host = adopted("qwen3_5")
+    inputs = expanded(processor, [[tiny_hosts.image(64, 24)]], ["image=/4"])
+    reason = "its layers of linear attention keep one state of all they have read$"
+    with pytest.raises(ValueError, match=f"^prompts of this host cannot be read in parts: {reason}"):
+        model.read_prompts(**inputs)
+    with pytest.raises(ValueError, match=f"and those of this qwen3_5 cannot be: {reason}"):
+        Engine(model, processor)
+    with pytest.raises(ValueError, match="the prompts of this host cannot be read in parts"):
+        Answerer(model, processor, constant_prompt=True)
+    names = {name.rsplit(".", 2)[1] for name, _ in model.named_parameters() if ".lora_A" in name}
+    assert names == {"q_proj", "v_proj"}  # of the layer of full attention alone
+
+
+@pytest.mark.parametrize("family", [name for name in GRID_POSITIONS if "qwen3_5" not in str(name)])
 def test_an_answer_goes_on_from_what_was_read_with_a_table_of_one_entry(adopted: Any, family: str) -> None:
     model, processor, _host = adopted(family)
     inputs = expanded(processor, [[tiny_hosts.image(64, 24)], [tiny_hosts.image(30, 40)]], ["image=/4", "image=/16"])
