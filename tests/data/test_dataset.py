@@ -16,6 +16,7 @@ from mllm.data.dataset import Collator, Item, ManifestDataset
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.data.skipped import SkipLog, SkippedSample, TooManyBadSamples
 from mllm.media import load_audio, resolve_media
+from mllm.training.pipeline.worker_errors import readable_errors
 
 BAD_EVERY = 10
 
@@ -90,7 +91,7 @@ def test_a_run_stops_when_too_many_are_bad(samples, tmp_path: Path, num_workers:
         collate_fn=Collator(encode, skip_log=skip_log),
     )
     with pytest.raises(TooManyBadSamples, match=r"\d of \d+ samples are bad, more than max_bad_fraction 0\.1") as error:
-        list(loader)
+        list(readable_errors(iter(loader)))
     num_bad = int(re.search(r"(\d) of", str(error.value))[1])
     # The fourth is one too many; of two workers, each may have counted one more before the other looks.
     assert num_bad == 4 if num_workers == 0 else num_bad in (4, 5)

@@ -1,5 +1,6 @@
 """Processes that read data: their errors read as they were raised, and they tell what they do when nothing moves."""
 
+import multiprocessing
 import os
 import re
 import signal
@@ -67,6 +68,8 @@ def test_an_error_in_a_worker_reads_as_it_was_raised(
 ) -> None:
     with pytest.raises(kind, match=message):
         next(readable_errors(iter(DataLoader(Failing(end), num_workers=1))))
+    # Nobody waits for the collector to find the loader, which takes five seconds for each process.
+    assert not multiprocessing.active_children()
 
 
 # A training process that is stuck, with a worker that is stuck as well. It never wakes up by itself.
