@@ -19,7 +19,8 @@ from mllm.media.png import without_notes
 
 _PILLOW = {name: name.upper() for name in ("jpeg", "png", "webp", "bmp", "gif", "tiff", "avif")}
 FORMATS = (*_PILLOW.values(), "HEIC")
-_BAND_PIXELS = 2**20
+_BAND_PIXELS = 2**18
+_FOUR_BYTES = ("LA", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I;16B")
 """Pixel layouts that are read. The 32-bit ones have no agreed white, so they are refused."""
 
@@ -47,7 +48,7 @@ def load_image(path: MediaFile, *, limits: MediaLimits = DEFAULT_LIMITS) -> Imag
         with opened(name, file, kind, limits) as image, decoding(name):
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-            return to_rgb(image)
+            return _into_rgb(image)
 
 
 def header_pixels(path: MediaFile, *, limits: MediaLimits = DEFAULT_LIMITS) -> tuple[int, int]:
@@ -122,14 +123,48 @@ def _too_large(name: str, limits: MediaLimits) -> MediaError:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert a decoded image to 8-bit RGB; see `load_image` for transparency and 16 bits."""
     if image.mode.startswith("I;16"):
-        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+        image = _eight_bits(image)
     if image.has_transparency_data:
-        # White, as browsers show it; dropping the alpha instead would bring out colours that nobody sees.
-        page = Image.new("RGB", image.size, "white")
-        rows = max(1, _BAND_PIXELS // max(image.width, 1))
-        for top in range(0, image.height, rows):  # in bands, or there would be four copies of a large image at once
-            layer = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
-            page.paste(layer, (0, top), mask=layer.getchannel("A"))
+        page = Image.new("RGB", image.size)
+        for top, layer in _bands(image):
+            page.paste(_on_white(layer), (0, top))
         return page
     # Without the copy that `convert` makes where nothing is to be converted.
     return image._new(image.im) if image.mode == "RGB" else image.convert("RGB")
+
+
+def _into_rgb(image: Image.Image) -> Image.Image:
+    """Convert as `to_rgb`, and close, an image that nobody else uses.
+
+    Pillow keeps 4 bytes a pixel of RGB too: where the image has as many, the 3 that count are kept aside while the one
+    makes room for the other, so that a large image is never there twice.
+    """
+    if image.mode not in _FOUR_BYTES or (image.mode == "RGB" and not image.has_transparency_data):
+        return to_rgb(image)
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for top, layer in _bands(image):
+        pixels[top : top + layer.height] = np.asarray(to_rgb(layer))
+    image.close()
+    return Image.fromarray(pixels)
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Yield copies of some rows after the others, with the number of their first; of all there would be a copy more."""
+    rows = max(1, _BAND_PIXELS // max(image.width, 1))
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _on_white(layer: Image.Image) -> Image.Image:
+    """Lay a layer on white, as browsers show it; dropping the alpha would bring out colours that nobody sees."""
+    layer, page = layer.convert("RGBA"), Image.new("RGB", layer.size, "white")
+    page.paste(layer, mask=layer.getchannel("A"))
+    return page
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Round 16-bit grey to 8 bits."""
+    page = Image.new("L", image.size)
+    for top, rows in _bands(image):
+        page.paste(Image.fromarray(((np.asarray(rows).astype(np.uint32) + 128) // 257).astype(np.uint8)), (0, top))
+    return page
