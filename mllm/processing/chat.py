@@ -14,6 +14,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,10 @@ from mllm.data.manifest import Media, Message, Part, Text
 from mllm.data.numbered_images import number_images
 from mllm.processing.placeholders import IGNORED_LABEL
 from mllm.processing.plain_text import PlainText, special_tokens
+from mllm.utils.time_bound import at_most
+
+MAX_TEMPLATE_SECONDS = 10.0
+"""How long a chat template may render a conversation, which takes milliseconds; a loop in a loop may never end."""
 
 # `plain` is what the synthetic LLM has read; `vicuna_v1` is the conversation form of LLaVA-1.5 (its
 # conversation.py, "v1"); `llava_plain` is that of its first stage: the question is not read, only the image, its
@@ -68,6 +73,15 @@ def mark(number: int) -> str:
 
 class RefusedConversation(ValueError):
     """Says that the chat format has no place for a conversation: the fault of one sample, unless it is that of all."""
+
+
+def template_ends() -> AbstractContextManager[None]:
+    """End a chat template of jinja that is rendered inside the block and takes too long; see `at_most`.
+
+    Raises:
+        TooSlowError: a ValueError.
+    """
+    return at_most(MAX_TEMPLATE_SECONDS, "<template>", "the chat template")
 
 
 @dataclass(frozen=True)
@@ -328,15 +342,24 @@ class ChatEncoder:
         """Return what the template makes of messages.
 
         A template is a program of other people's: it refuses by an error of jinja, and where it has not thought of a
-        conversation it fails as any program does.
+        conversation it fails as any program does, or never ends.
         """
         from jinja2 import TemplateError
 
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
-            )
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            with template_ends():
+                return self.tokenizer.apply_chat_template(
+                    messages, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
+                )
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise RefusedConversation(f"the chat template refuses the turns {roles}: {error}") from error
 

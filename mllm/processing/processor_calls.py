@@ -15,7 +15,7 @@ from mllm.budget import Budget, BudgetInput
 from mllm.data.manifest import Sample
 from mllm.media.in_memory import InMemoryMedium
 from mllm.processing.batch import Batch, Expanded
-from mllm.processing.chat import ChatEncoder, Prompt
+from mllm.processing.chat import ChatEncoder, Prompt, template_ends
 from mllm.processing.media_inputs import LoadedMedia
 from mllm.processing.requests import Request, fitting_budget, read_chat, read_rows
 
@@ -254,7 +254,8 @@ def _prompt(chat: ChatEncoder, sample: Sample, *, add_generation_prompt: bool, c
 
 def _rendered(render: Any, messages: Conversation, ends: Mapping[str, bool]) -> RenderedChat:
     """Render the text of a conversation, which remembers it."""
-    text = RenderedChat(render(messages, tokenize=False, **ends))
+    with template_ends():
+        text = RenderedChat(render(messages, tokenize=False, **ends))
     text.messages = messages
     text.add_generation_prompt = ends["add_generation_prompt"]
     text.continue_final_message = ends["continue_final_message"]

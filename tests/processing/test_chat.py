@@ -5,6 +5,7 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 
 from mllm.data.manifest import Media, Message, Text
 from mllm.data.numbered_images import number_images
+from mllm.processing import chat
 from mllm.processing.chat import ChatEncoder
 from mllm.synthetic.tokenizer import build_tokenizer
 
@@ -81,6 +82,23 @@ def test_a_template_that_drops_a_message_is_refused(tokenizer: PreTrainedTokeniz
     other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>")
     other.chat_template = "{{ messages[-1].content }}"
     with pytest.raises(ValueError, match="drops, repeats or reorders"):
+        encoder(other, "chat")([QUESTION, ANSWER])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "template", "reason"),
+    [
+        (0.05, "{% for a in range(9999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "longer than 0.05 s"),
+        (60.0, "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "recursion"),
+    ],
+)
+def test_a_template_that_never_ends_is_ended(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, seconds: float, template: str, reason: str
+) -> None:
+    monkeypatch.setattr(chat, "MAX_TEMPLATE_SECONDS", seconds)
+    other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>")
+    other.chat_template = template
+    with pytest.raises(ValueError, match=f"the chat template refuses the turns user, assistant: .*{reason}"):
         encoder(other, "chat")([QUESTION, ANSWER])
 
 
