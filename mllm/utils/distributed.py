@@ -17,6 +17,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from mllm.utils.compile_locks import free_locks
 from mllm.utils.extras import install_line
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ def _gather(value: "Tensor") -> "Tensor":
 
 def _start_deepspeed_on_cpu() -> None:
     """Let DeepSpeed know the processes that are there, before ZeRO-3 counts them to shard a model among them."""
+    free_locks("deepspeed_shm_comm")
     logger.info("starting DeepSpeed; the first time it compiles its communication, which takes a minute or more")
     import deepspeed
 

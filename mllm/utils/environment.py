@@ -23,6 +23,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from mllm.utils import probes
+from mllm.utils.compile_locks import stale_locks
 from mllm.utils.extras import DISTRIBUTION, install_line
 
 Status = Literal["ok", "missing", "broken", "newer", "older"]
@@ -164,6 +165,7 @@ def examine(required: Sequence[Package] = REQUIRED, optional: Sequence[Package] 
     findings = [_package_finding(package, failures, tested or {}, is_required=True) for package in required]
     findings += [_package_finding(package, failures, tested or {}, is_required=False) for package in optional]
     findings += [_tool_finding(tool, repair, purpose) for tool, (repair, purpose) in TOOLS.items()]
+    findings += [_lock_finding(lock) for lock in stale_locks()]
     return Report({**_machine(), **_devices()}, findings, is_compared=tested is not None)
 
 
@@ -271,6 +273,11 @@ def _tool_finding(tool: str, repair: str, purpose: str) -> Finding:
         export = f'export PATH="{beside_python.parent}:$PATH"'
         return Finding(tool, "missing", f"{beside_python} is not on PATH; needed for {purpose}", False, export)
     return Finding(tool, "missing", f"not on PATH; needed for {purpose}", False, repair)
+
+
+def _lock_finding(lock: Path) -> Finding:
+    detail = f"{lock} was left by a process that was ended while it compiled, and others wait for it"
+    return Finding(f"lock of {lock.parent.name}", "broken", detail, is_required=False, repair=f"rm {lock}")
 
 
 def _machine() -> dict[str, str]:
