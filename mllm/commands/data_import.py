@@ -91,6 +91,7 @@ def run(settings: Settings) -> int:
     from mllm.commands.terminal import console
     from mllm.data.manifest import write_manifest
     from mllm.data.readers import default_root
+    from mllm.utils.files import write_text_whole
 
     root = default_root(settings.source) if settings.root is None else Path(settings.root)
     listing = _read(settings, root)
@@ -101,7 +102,7 @@ def run(settings: Settings) -> int:
     for path in listing.untranscribed:
         out.print(f"{path}: no transcript", soft_wrap=True)
     if settings.untranscribed is not None:
-        Path(settings.untranscribed).write_text("".join(f"{path}\n" for path in listing.untranscribed), "utf-8")
+        write_text_whole(settings.untranscribed, "".join(f"{path}\n" for path in listing.untranscribed))
     whole = listing.whole
     if not whole:
         raise ValueError(f"{settings.source}: there is no sample to write; {len(listing.problems)} problems")

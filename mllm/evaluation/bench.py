@@ -26,6 +26,7 @@ from mllm.inference.timing import PHASES, Timing
 from mllm.media import Audio, Video
 from mllm.processing.batch import Batch, num_prompt_tokens
 from mllm.processing.processor import ElasticProcessor, LoadedMedia
+from mllm.utils.files import write_text_whole
 
 RESULTS, PLOT = "bench.json", "bench.png"
 MOST_BUDGETS = 8
@@ -219,7 +220,7 @@ def write(results: Sequence[Measured], facts: Mapping[str, Any], folder: Path) -
     """Writes `bench.json` and `bench.png`."""
     folder.mkdir(parents=True, exist_ok=True)
     values = {"facts": dict(facts), "budgets": [one.facts() for one in results]}
-    (folder / RESULTS).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    write_text_whole(folder / RESULTS, json.dumps(values, indent=1) + "\n")
     plot(results, folder / PLOT)
 
 

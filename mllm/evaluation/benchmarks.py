@@ -25,7 +25,7 @@ from mllm.evaluation.report import Results, cut_notes
 from mllm.evaluation.scorers.registry import BENCHMARKS
 from mllm.evaluation.scorers.submissions import SUBMISSIONS, Answer
 from mllm.evaluation.work_list import is_for_server
-from mllm.utils.files import write_text_whole
+from mllm.utils.files import write_text_whole, written_whole
 from mllm.utils.markdown import markdown_table
 
 MARKDOWN, DATA, PLOT, SUBMITTED = "benchmarks.md", "benchmarks.json", "benchmarks.png", "submissions"
@@ -176,7 +176,8 @@ def write_submissions(
         name = f"{task}-{quote(budget or 'max', safe='=,')}{submission.suffix}"
         file = folder / SUBMITTED / quote(set_name, safe=" ") / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(submission.make(answers, all_ids if task == "vqav2" else ()))
+        with written_whole(file) as aside:
+            aside.write_bytes(submission.make(answers, all_ids if task == "vqav2" else ()))
         written.append(file)
     return written
 

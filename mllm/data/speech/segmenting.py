@@ -12,6 +12,7 @@ import numpy as np
 from mllm.data.speech.lrs import Piece, Segment
 from mllm.data.speech.utterances import FRAMES_PER_SECOND
 from mllm.media import load_audio, load_video, resolve_media, write_audio, write_video
+from mllm.utils.files import written_whole
 
 SAMPLE_RATE_HZ = 16_000
 
@@ -53,8 +54,11 @@ class Cutter:
         target = self.root / stem
         target.parent.mkdir(parents=True, exist_ok=True)
         per_frame = SAMPLE_RATE_HZ // FRAMES_PER_SECOND
-        write_video(target.with_name(f"{target.name}.mp4"), frames[first:last])
+        # A manifest of an earlier import may list the same pieces, which are there all the while.
+        with written_whole(target.with_name(f"{target.name}.mp4")) as aside:
+            write_video(aside, frames[first:last])
         if samples is not None:
-            write_audio(target.with_name(f"{target.name}.wav"), samples[first * per_frame : last * per_frame])
+            with written_whole(target.with_name(f"{target.name}.wav")) as aside:
+                write_audio(aside, samples[first * per_frame : last * per_frame])
         audio = None if samples is None else f"{stem}.wav"
         return Piece(f"{stem}.mp4", audio, (last - first) / FRAMES_PER_SECOND)
