@@ -18,7 +18,6 @@ from typing import Any
 
 import yaml
 from accelerate import PartialState
-from tqdm.auto import tqdm
 
 from mllm.budget import Budget
 from mllm.checkpoints.auto_classes import register
@@ -47,6 +46,7 @@ from mllm.training.memory import tell_memory
 from mllm.training.pipeline.batches import RankSlots
 from mllm.training.pipeline.dataset import TrainingData, build_sampler, extreme_budgets, load_dataset
 from mllm.training.pipeline.loaders import encode, loading, train_loader, validation_loader
+from mllm.training.progress import reporting
 from mllm.training.run_folder import Checkpoint, remove_leftovers, run_lock
 from mllm.training.throughput import Stopwatch
 from mllm.training.trainer import ElasticTrainer, Metric, Validation
@@ -224,8 +224,8 @@ def build_trainer(
     samples = data.samples["train"]
     groups = samples_that_share(samples) if config.data.share_media else None
     fits = "captions" in data.samples  # not in a resumed run
-    if fits:
-        _check_fits(config, model)
+    if fits and is_sharded(model):
+        raise ValueError("data.captions cannot be fitted under ZeRO-3, which keeps no projector whole; use ZeRO-2")
     if config.data.features is None:
         budgets = extreme_budgets(sampler)
         load = loading(config.data, processor, augmented=True, budgets=budgets, watch=watch)
@@ -340,24 +340,9 @@ def _clean(
     return FeatureDataset(samples, store, kept=config.kept_media, load=load)
 
 
-@contextlib.contextmanager
-def _reporting(what: str, arguments: ElasticArguments) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar of work that goes on before the first step; yields what is called with how much of it is done."""
-    with tqdm(desc=what, disable=arguments.disable_tqdm or arguments.process_index > 0) as bar:
-
-        def report(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield report
-
-
-def _check_fits(config: RunConfig, model: Any) -> None:
-    """Refuse captions where projectors cannot be fitted to them."""
-    if "compressors" not in config.parts:
-        raise ValueError(f"data.captions fits projectors, but train.parts {list(config.parts)} keeps them frozen")
-    if is_sharded(model):
-        raise ValueError("data.captions cannot be fitted under ZeRO-3, which keeps no projector whole; use ZeRO-2")
+def _reporting(what: str, arguments: ElasticArguments) -> contextlib.AbstractContextManager[Callable[[int, int], None]]:
+    """Show a bar of work that goes on before the first step, on the first process."""
+    return reporting(what, is_shown=not arguments.disable_tqdm and arguments.process_index == 0)
 
 
 def _fit_projectors(

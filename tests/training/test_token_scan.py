@@ -1,11 +1,16 @@
 """What a run finds out about its samples before it starts: tokens, targets, and what stops it."""
 
+import copy
 import dataclasses
 import logging
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
+from tokenizers.normalizers import Lowercase
 
 from mllm.budget import Budget
 from mllm.data.manifest import Media, Message, Sample, Text
@@ -126,6 +131,65 @@ def test_conversations_are_counted_as_they_are_encoded_also_over_several_calls(
     scan = scan_tokens(samples, processor)
     assert scan.max_tokens == [len(prompt.ids) for prompt in encoded]
     check_targets([sample.id for sample in samples], scan.num_targets, 0.0)
+
+
+def numbered(count: int) -> list[Sample]:
+    """Samples of different lengths."""
+    answers = [Message("assistant", (Text("a cat " * (number % 5 + 1)),)) for number in range(count)]
+    return [
+        dataclasses.replace(GOOD, id=str(number), messages=(GOOD.messages[0], answer))
+        for number, answer in enumerate(answers)
+    ]
+
+
+def test_processes_count_what_one_counts_and_say_how_far_they_are(processor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PART", 8)
+    samples = numbered(45)
+    samples[20] = dataclasses.replace(samples[20], messages=samples[20].messages[:1])
+    monkeypatch.setattr(module, "MIN_PARTS", 100)
+    alone, seen = scan_tokens(samples, processor, processes=2), []
+    monkeypatch.setattr(module, "MIN_PARTS", 4)
+    monkeypatch.setattr(module, "measure_samples", in_a_process_of_its_own(module.measure_samples))
+    assert scan_tokens(samples, processor, processes=2, progress=lambda *done: seen.append(done)) == alone
+    assert seen == [(8, 45), (16, 45), (24, 45), (32, 45), (40, 45), (45, 45)]
+    bad = dataclasses.replace(GOOD, id="bad", messages=(Message("user", (Media("audio", "a.wav"),)), GOOD.messages[1]))
+    with pytest.raises(ValueError, match=r"sample 'bad'.*audio"):
+        scan_tokens([*samples, bad], processor, processes=2)
+
+
+def in_a_process_of_its_own(measure: Callable[..., Any]) -> Callable[..., Any]:
+    """What measures samples, and fails in the process that made it."""
+    here = os.getpid()
+
+    def measured(*arguments: Any) -> Any:
+        assert os.getpid() != here
+        return measure(*arguments)
+
+    return measured
+
+
+def test_a_scan_is_kept_until_a_file_the_tokenizer_or_its_template_changes(tmp_path: Path) -> None:
+    settings = tiny.settings(("audio",))
+    name = tiny.write_media(tmp_path, seconds=0.8)["audio"]
+    heard = (Message("user", (Media("audio", name),)), GOOD.messages[1])
+    samples = [dataclasses.replace(GOOD, messages=heard, root=tmp_path)]
+
+    def scanned(tokenizer: Any = tiny.TOKENIZER) -> int:
+        processor = tiny.processor(settings, tokenizer=tokenizer)
+        return scan_tokens(samples, processor, cache_file=tmp_path / "kept.json").max_tokens[0]
+
+    before = scanned()
+    kept = tmp_path / "kept.json"
+    kept.write_text(kept.read_text().replace(f"[{before}]", "[1000]", 1))
+    assert scanned() == 1000  # read, not made again
+    tiny.write_media(tmp_path, seconds=0.4)
+    assert scanned() == before - 5  # 20 frames less, at /4
+    kept.write_text(kept.read_text().replace(f"[{before - 5}]", "[1000]", 1))
+    other = copy.deepcopy(tiny.TOKENIZER)
+    other.backend_tokenizer.normalizer = Lowercase()
+    assert len(other) == len(tiny.TOKENIZER)
+    assert scanned() == 1000
+    assert scanned(other) < 1000
 
 
 def test_refused_conversations_are_kept_apart_and_stop_a_run_only_when_they_are_many(

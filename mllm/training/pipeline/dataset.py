@@ -26,6 +26,7 @@ from mllm.processing.processor import ElasticProcessor
 from mllm.training.feature_cache.building import FeatureSamples, check_folder, with_captions
 from mllm.training.pipeline.loaders import SKIPPED_FILE, build_augmentation, read_samples
 from mllm.training.pipeline.token_scan import TokenScan, scan_tokens
+from mllm.training.progress import counted, reporting
 from mllm.utils.collector import collector_paused
 
 SCANS = "token_scan"
@@ -64,13 +65,19 @@ def load_dataset(config: RunConfig, *, fits_captions: bool = True) -> TrainingDa
         OSError: a manifest cannot be read.
     """
     data, dataset = config.data, TrainingData()
+    fits_captions = fits_captions and bool(data.captions)
+    if fits_captions and "compressors" not in config.parts:
+        raise ValueError(f"data.captions fits projectors, but train.parts {list(config.parts)} keeps them frozen")
     build_augmentation(data)  # noise that cannot be mixed is refused here
     if data.features is not None:
         check_folder(config)
     for name in ("train", "validation", *(["captions"] if fits_captions else [])):
         if manifests := getattr(data, name):
             dataset.samples[name] = read_samples(manifests, data)
-            check_files(dataset.samples[name], name, data.max_bad_fraction if name == "train" else 0.0)
+            fraction = data.max_bad_fraction if name == "train" else 0.0
+            check_files(dataset.samples[name], name, fraction, is_shown=_shows(config))
+    if data.features is not None:
+        dataset.for_features()  # two samples of one id are refused here
     samples = dataset.samples["train"]
     tasks = sorted({sample.task for sample in samples})
     if unknown := sorted(set(config.train.task_weights) - set(tasks)):
@@ -80,14 +87,18 @@ def load_dataset(config: RunConfig, *, fits_captions: bool = True) -> TrainingDa
     run = Path(config.train.out).expanduser()
     for name, samples in dataset.samples.items():
         cache_file = run / SCANS / f"{name}.json"
-        scan = _scanned(samples, processor, data, cache_file, data.max_bad_fraction if name == "train" else 0.0)
+        fraction = data.max_bad_fraction if name == "train" else 0.0
+        scan = _scanned(samples, processor, data, cache_file, fraction, is_shown=_shows(config))
         if PartialState().is_main_process:
             _list_refused(scan, run, len(samples))
         # They would be found in a batch too, but there they could be alone, and a batch must not be empty.
         dataset.samples[name], dataset.scans[name] = scan.without_refused(samples)
-    if data.features is not None:
-        dataset.for_features()  # two samples of one id are refused here
     return dataset
+
+
+def _shows(config: RunConfig) -> bool:
+    """Tell whether this process shows bars."""
+    return config.train.progress and PartialState().is_main_process
 
 
 def _list_refused(scan: TokenScan, run: Path, num_samples: int) -> None:
@@ -120,17 +131,19 @@ def extreme_budgets(sampler: BudgetSampler) -> list[Budget]:
     return list(sampler.points) or [largest, *between, smallest]
 
 
-def check_files(samples: Sequence[Sample], name: str, max_bad_fraction: float) -> None:
+def check_files(samples: Sequence[Sample], name: str, max_bad_fraction: float, *, is_shown: bool = False) -> None:
     """Check by one look-up per file that media are there and may be opened.
 
     Args:
         name: the key of `data` that names the samples.
         max_bad_fraction: how many samples may lack one; they are left out when their turn comes.
+        is_shown: shows a bar where it takes long.
 
     Raises:
         ManyLines: more do; the first are named.
     """
-    missing = list(missing_media(samples))
+    counting = counted(samples, f"looking up files of {name}", total=len(samples), is_shown=is_shown)
+    missing = list(missing_media(counting))
     if not missing:
         return
     num_bad = len({sample.id for sample, _ in missing})
@@ -161,10 +174,17 @@ def check_experts(samples: Sequence[Sample], sampler: BudgetSampler, experts: Ex
 
 
 def _scanned(
-    samples: list[Sample], processor: ElasticProcessor, data: DataConfig, cache_file: Path, max_bad_fraction: float
+    samples: list[Sample],
+    processor: ElasticProcessor,
+    data: DataConfig,
+    cache_file: Path,
+    max_bad_fraction: float,
+    *,
+    is_shown: bool,
 ) -> TokenScan:
-    """Scan by the main process, while the others read what it found; log and check the result."""
-    with PartialState().main_process_first():
+    """Scan by the main process and its workers, while the others read what it found; log and check the result."""
+    bar = reporting(f"counting tokens of {cache_file.stem}", is_shown=is_shown)
+    with PartialState().main_process_first(), bar as report:
         scan = scan_tokens(
             samples,
             processor,
@@ -172,6 +192,8 @@ def _scanned(
             max_sample_tokens=data.max_sample_tokens,
             host_answer_tokens=data.host_answer_tokens or 0,
             max_unsupervised_fraction=data.max_unsupervised_fraction,
+            processes=data.num_workers,
+            progress=report,
         )
     scan.check(
         samples,

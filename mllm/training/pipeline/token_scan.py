@@ -2,17 +2,22 @@
 
 Knows conversations, headers of media files and budgets. Does not decode, and does not know batches.
 
-The whole data set is scanned once, by the main process; the result is kept beside the run, so that a resumed run starts
-at once.
+The whole data set is scanned once, by the main process and as many others as it is given; the result is kept beside
+the run under a digest of all that it depends on, so that a resumed run starts at once and what changed is scanned anew.
 """
 
 import hashlib
 import json
 import logging
+import multiprocessing
+import os
 import statistics
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +35,23 @@ from mllm.processing.batch import EncodedSample, MediaSpan
 from mllm.processing.chat import ChatEncoder, RefusedConversation
 from mllm.processing.placeholders import IGNORED_LABEL
 from mllm.processing.processor import ElasticProcessor
+from mllm.training.pipeline.worker_process import prepare_worker
 from mllm.utils.files import write_text_whole
 
 CHUNK = 1024
 """Conversations that are tokenised in one call."""
+PART = 4 * CHUNK
+"""Samples of which one process takes care at a time."""
+MIN_PARTS = 4
+"""Fewer are scanned in less time than processes take to begin."""
 FIRST_SCAN = 10_000
 """Of a larger data set so many samples, evenly sampled, are scanned first: a mistake shows within seconds."""
 MAX_SHOWN = 5
 _UNKNOWN_PIXELS = (224, 224)
 """Height and width of an image whose file cannot be read, which is left out when its turn comes."""
 logger = logging.getLogger(__name__)
+_forked: dict[str, Any] = {}
+"""What the processes of a scan have from this one, while it goes on."""
 
 
 @dataclass(frozen=True)
@@ -227,6 +239,8 @@ def scan_tokens(
     max_sample_tokens: int | None = None,
     host_answer_tokens: int = 0,
     max_unsupervised_fraction: float = 1.0,
+    processes: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> TokenScan:
     """Scan every sample.
 
@@ -237,6 +251,8 @@ def scan_tokens(
         cache_file: the result is read from it when it is of these samples and this processor, and written to otherwise.
         max_sample_tokens, host_answer_tokens: see `measure_samples`.
         max_unsupervised_fraction: of a large data set, a part is checked against this first.
+        processes: that share the work on a large data set; this process alone when below 2.
+        progress: is called with how many of how many samples are scanned.
 
     Raises:
         ValueError: a medium the model does not take; the sample is named. Or too many samples of the first scan
@@ -253,14 +269,58 @@ def scan_tokens(
             logger.info("first scan: %s", target_report(ids, targets))
             check_targets(ids, targets, max_unsupervised_fraction)
     started = time.perf_counter()
-    measured = measure_samples(samples, processor, max_sample_tokens, host_answer_tokens)
-    scan = scan_of(samples, measured, processor.space)
+    scan_part = partial(
+        _scan_part, processor=processor, max_sample_tokens=max_sample_tokens, host_answer_tokens=host_answer_tokens
+    )
+    scan = _joined(_parts_of(samples, scan_part, processes), len(samples), progress)
     logger.info("scanned %.0f samples per second", len(samples) / max(time.perf_counter() - started, 1e-9))
     if cache_file is not None:
         cache_file.parent.mkdir(parents=True, exist_ok=True)
         values = {one.name: getattr(scan, one.name) for one in fields(TokenScan)}
         write_text_whole(cache_file, json.dumps({"key": key, **values}))
     return scan
+
+
+def _scan_part(
+    samples: Sequence[Sample], *, processor: ElasticProcessor, max_sample_tokens: int | None, host_answer_tokens: int
+) -> TokenScan:
+    return scan_of(samples, measure_samples(samples, processor, max_sample_tokens, host_answer_tokens), processor.space)
+
+
+def _parts_of(
+    samples: Sequence[Sample], scan_part: Callable[[Sequence[Sample]], TokenScan], processes: int
+) -> Iterator[TokenScan]:
+    """Scan a data set part by part, in order; a large one by several processes."""
+    starts = range(0, len(samples), PART)
+    if processes < 2 or len(starts) < MIN_PARTS or sys.platform != "linux":  # a fork is safe nowhere else
+        yield from (scan_part(samples[start : start + PART]) for start in starts)
+        return
+    # Forked, so that samples and tokenizer are there without being copied; threads of a tokenizer would not survive.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _forked.update(samples=samples, scan_part=scan_part)
+    try:
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(min(processes, len(starts)), context, prepare_worker, (0,)) as pool:
+            yield from pool.map(_scan_forked, starts)
+    finally:
+        _forked.clear()
+
+
+def _scan_forked(start: int) -> TokenScan:
+    """Scan a part in a process that was forked with the samples."""
+    return _forked["scan_part"](_forked["samples"][start : start + PART])
+
+
+def _joined(parts: Iterable[TokenScan], num_samples: int, progress: Callable[[int, int], None] | None) -> TokenScan:
+    whole = TokenScan([], [], [])
+    for part in parts:
+        whole.max_tokens.extend(part.max_tokens)
+        whole.num_targets.extend(part.num_targets)
+        whole.min_tokens.extend(part.min_tokens)
+        whole.refused.update(part.refused)
+        if progress is not None:
+            progress(len(whole.max_tokens), num_samples)
+    return whole
 
 
 def evenly_sampled(num_samples: int, most: int) -> list[int]:
@@ -373,9 +433,8 @@ def _image_pixels(part: Media, sample: Sample, limits: MediaLimits) -> tuple[int
 
 
 def _seconds(part: Media, sample: Sample, limits: MediaLimits) -> float:
-    stated = sample.meta.get("seconds")
-    if isinstance(stated, int | float) and stated > 0:
-        return float(stated)
+    if (stated := _stated_seconds(sample)) is not None:
+        return stated
     try:
         return header_seconds(part.medium, resolve_media(sample.root, part.path), limits=limits)
     except MediaError as error:
@@ -388,12 +447,48 @@ def _key(
 ) -> str:
     """Compute a digest of what a scan depends on: the conversations and what shapes their tokens."""
     digest = hashlib.sha256(json.dumps(_shaping(processor), sort_keys=True, default=str).encode())
-    digest.update(f"{len(processor.tokenizer)} {max_sample_tokens} {processor.limits}".encode())
-    if host_answer_tokens:
-        digest.update(f" {host_answer_tokens}".encode())
+    digest.update(_tokenizer_text(processor).encode())
+    digest.update(f"{max_sample_tokens} {host_answer_tokens} {processor.limits}".encode())
+    measured = _measured_media(processor)
     for sample in samples:
-        digest.update(repr((sample.id, sample.messages, sorted(sample.meta.items(), key=str))).encode())
+        media = measured if _stated_seconds(sample) is None else measured & {"image"}
+        stamps = [_stamp(part, sample) for part in sample.media if part.medium in media]
+        digest.update(repr((sample.id, sample.messages, sorted(sample.meta.items(), key=str), stamps)).encode())
     return digest.hexdigest()
+
+
+def _tokenizer_text(processor: ElasticProcessor) -> str:
+    """Write out all that a tokenizer and its template make tokens by."""
+    tokenizer = processor.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        values = tokenizer.get_vocab()
+    else:
+        values = json.loads(backend.to_str())
+        values = {key: value for key, value in values.items() if key not in ("truncation", "padding")}  # of calls
+    return json.dumps([values, tokenizer.chat_template, processor.chat_template], sort_keys=True, default=str)
+
+
+def _measured_media(processor: ElasticProcessor) -> set[str]:
+    """Name the media whose tokens depend on what the headers of files say."""
+    streams = {medium for medium, facts in processor.facts.items() if facts.grid is None}
+    is_free = processor.host is not None or processor.loads_by_budget
+    return (streams | {"image"}) & set(processor.space.media) if is_free else streams - {"image"}
+
+
+def _stamp(part: Media, sample: Sample) -> tuple[int, int] | None:
+    """Return size and time of a file; None where it is not there or may not be read."""
+    try:
+        status = os.stat(resolve_media(sample.root, part.path))
+    except (MediaError, OSError):
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def _stated_seconds(sample: Sample) -> float | None:
+    """Return the length that a row states of its streams."""
+    stated = sample.meta.get("seconds")
+    return float(stated) if isinstance(stated, int | float) and stated > 0 else None
 
 
 def _shaping(processor: ElasticProcessor) -> list[Any]:
