@@ -16,7 +16,7 @@ TORCH ?= auto
 INSTALL := scripts/install.py --torch $(TORCH)
 SHORT_DEMO := demo --steps 4 --num_utterances 24 --num_test_utterances 8 --num_scenes 24 --num_test_scenes 8 --judge false
 
-.PHONY: help demo demo-real test test-faults test-slow test-real test-oldest test-newest newest lock test-page test-liger test-hosts test-lips test-lmms test-vllm test-all environments lint types check bench clean
+.PHONY: help demo demo-real test test-faults test-slow test-real test-oldest test-newest newest lock test-page test-liger test-hosts test-lips test-lmms test-vllm test-all environments lint types check bench bench-gpu clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -114,7 +114,7 @@ $(VENV)-liger/stamp: $(LOCK) | $(VENV)-liger/bin/python
 
 ## make test-liger the tests of Liger's fused loss (Triton's interpreter where there is no GPU) and of bitsandbytes, in an environment of their own
 test-liger: $(VENV)-liger/stamp
-	TRITON_INTERPRET=1 REQUIRE_LIGER=1 OMP_NUM_THREADS=1 $(VENV)-liger/bin/python -m pytest tests/training/test_fused_loss.py tests/checkpoints/test_quantization.py
+	TRITON_INTERPRET=1 REQUIRE_LIGER=1 OMP_NUM_THREADS=1 $(VENV)-liger/bin/python -m pytest tests/training/test_fused_loss.py tests/checkpoints/test_quantization.py tests/test_gpu_page.py
 
 # torchvision goes with torch for CUDA alone, so that of the CPU would only be replaced.
 $(VENV)-hosts/stamp: $(LOCK) | $(VENV)-hosts/bin/python
@@ -179,6 +179,11 @@ check: lint types test
 ## make bench      every benchmark, and one table of what they found beside their goals in runs/bench: 20 idle minutes
 bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/all_goals.py
+
+## make bench-gpu  what is claimed of GPUs, on one CUDA device within 8 minutes, with equal results first; docs/performance_gpu.md
+bench-gpu: $(VENV)/dev.stamp
+	$(BIN)/python -m pip install --quiet --editable ".[liger]"
+	$(BIN)/python benchmarks/gpu.py
 
 ## make clean      remove the environments and what the tools left
 clean:

@@ -17,12 +17,14 @@ from outcomes import markdown_of, read, table_of
 from rich.console import Console
 
 FOLDER = Path(__file__).parent
+ALONE = {"accuracy_per_flop", "gpu"}
+"""What is run by itself: it measures no two ways to one result, or not here."""
 
 
 def benchmarks() -> list[str]:
-    """List the names of all files here that can be run, but this one."""
+    """List the names of all files here that can be run, but this one and those that are run by themselves."""
     runnable = (path for path in sorted(FOLDER.glob("*.py")) if '__name__ == "__main__"' in path.read_text("utf-8"))
-    return [path.stem for path in runnable if path != Path(__file__)]
+    return [path.stem for path in runnable if path != Path(__file__) and path.stem not in ALONE]
 
 
 def command_of(name: str, results: Path, repeats: int | None) -> list[str]:

@@ -44,6 +44,22 @@ from mllm.synthetic.tokenizer import build_tokenizer
 COUNTS = (576, 144, 36, 9, 1)
 GOALS = {576: 4.0, 1: 3.0}
 PATCHES = 576
+VISION: dict[str, Any] = {
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "image_size": 336,
+    "patch_size": 14,
+}
+TEXT: dict[str, Any] = {
+    "vocab_size": 16384,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+}
 QUESTIONS = (
     "what colour is the circle?",
     "how many objects are there?",
@@ -61,24 +77,15 @@ def build_model(
     dtype: torch.dtype,
     medium: ImageConfig | None = None,
     adapter: AdapterConfig | None = None,
+    *,
+    vision_sizes: Mapping[str, Any] = VISION,
+    text_sizes: Mapping[str, Any] = TEXT,
 ) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
-    """Build the model of the head of this file, or with another compressor or an adapter, and its processor."""
+    """Build the model of the head of this file, or with another compressor, adapter or sizes, and its processor."""
     tokenizer = build_tokenizer()
-    vision = CLIPVisionConfig(
-        hidden_size=384,
-        intermediate_size=1536,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        image_size=336,
-        patch_size=14,
-    )
+    vision = CLIPVisionConfig(**vision_sizes)
     text = LlamaConfig(
-        vocab_size=16384,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=8,
+        **text_sizes,
         eos_token_id=cast(int, tokenizer.eos_token_id),
         pad_token_id=cast(int, tokenizer.pad_token_id),
     )
@@ -98,7 +105,7 @@ def build_model(
                 parameter.normal_(std=0.02)
     resized = {
         "image_processor_type": "CLIPImageProcessor",
-        "size": {"height": 336, "width": 336},
+        "size": {"height": vision.image_size, "width": vision.image_size},
         "do_center_crop": False,
     }
     kept = ProcessorConfig(chat_format="plain", preprocessors={"image": resized})
@@ -113,7 +120,9 @@ def questions_of(number: int) -> list[str]:
 
 def inputs_of(processor: ElasticProcessor, texts: list[str], count: int, *, share: bool) -> Mapping[str, Tensor]:
     """Make what the model is given for questions about one image, at so many soft tokens."""
-    image = LoadedMedia("image", torch.randn(3, 336, 336, generator=torch.Generator().manual_seed(count)))
+    pixels = processor.facts["image"].image_pixels
+    assert pixels is not None
+    image = LoadedMedia("image", torch.randn(3, *pixels, generator=torch.Generator().manual_seed(count)))
     samples = [Sample("q", (Message("user", (Media("image", "x"), Text(text))),), task="vqa") for text in texts]
     batch: Batch = processor.batch(samples, [[image]] * len(texts), for_training=False)
     budgets = [[Budget.parse(f"image={count}")] * len(texts)]

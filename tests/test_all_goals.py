@@ -48,7 +48,7 @@ def test_a_benchmark_runs_and_hands_on_outcomes(name: str, tmp_path: Path) -> No
 
 
 def test_every_file_of_the_folder_is_a_benchmark_or_known_as_a_part() -> None:
-    parts = {"all_goals", "outcomes", "side_by_side", "turns"}
+    parts = {"all_goals", "outcomes", "side_by_side", "turns", *all_goals.ALONE}
     assert {path.stem for path in all_goals.FOLDER.glob("*.py")} == parts | set(all_goals.benchmarks())
 
 

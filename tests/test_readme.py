@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 MAX_README_LINES = 200
-MAX_PAGES = 15
+MAX_PAGES = 16  # one of which a command writes
 
 
 def packages_on_disk() -> set[str]:
