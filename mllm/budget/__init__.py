@@ -2,10 +2,11 @@
 
 from mllm.budget.automatic import Auto, Limit
 from mllm.budget.grammar import MEDIA, Amount, Budget, BudgetInput
-from mllm.budget.space import Compression, Extent, MediumSpace, Space, TokenCount, count_tokens
+from mllm.budget.space import NONE, Compression, Extent, MediumSpace, Space, TokenCount, count_tokens
 
 __all__ = [
     "MEDIA",
+    "NONE",
     "Amount",
     "Auto",
     "Budget",

@@ -4,6 +4,7 @@
     audio=/4            one soft token per 4 encoder frames
     audio=12.5/s        soft tokens per second of the encoder's clock
     image=max           the largest of the space (what a medium that is not named gets)
+    video=none          the medium is left out, where the model was trained so: not a token of it
     tiles<=4            at most so many tiles per image, the thumbnail not counted; 0 shows the thumbnail alone
     frames=8            frames shown of each video whose frames are images
     image<=280          the image is seen smaller, so that it has at most so many tokens before any is pooled
@@ -25,14 +26,14 @@ from typing import Literal
 from mllm.budget.automatic import GOALS, LIMITS, Auto, Limit, is_automatic, read_automatic
 
 MEDIA = ("image", "audio", "video")
-FORMS = "a count (64), a rate (/4), tokens per second (12.5/s) or max"
+FORMS = "a count (64), a rate (/4), tokens per second (12.5/s), max or none"
 
 
 @dataclass(frozen=True)
 class Amount:
-    """Says what one medium may cost: `tokens` in all, a `rate` in frames per token, tokens `per_second`, or `max`."""
+    """Says what one medium may cost: `tokens` in all, a `rate` in frames per token, `per_second`, `max` or `none`."""
 
-    kind: Literal["tokens", "rate", "per_second", "max"]
+    kind: Literal["tokens", "rate", "per_second", "max", "none"]
     value: Fraction = Fraction(0)
 
     @classmethod
@@ -40,11 +41,11 @@ class Amount:
         """Read one amount.
 
         Raises:
-            ValueError: not one of the four forms, or not a positive number.
+            ValueError: not one of the five forms, or not a positive number.
         """
         word = str(text).strip()
-        if word == "max":
-            return cls("max")
+        if word in ("max", "none"):
+            return cls(word)
         kind: Literal["tokens", "rate", "per_second"] = "tokens"
         number = word
         if word.startswith("/"):
@@ -59,8 +60,8 @@ class Amount:
         return cls(kind, value)
 
     def __str__(self) -> str:
-        if self.kind == "max":
-            return "max"
+        if self.kind in ("max", "none"):
+            return self.kind
         number = str(self.value) if self.value.denominator == 1 else _decimal(self.value)
         return {"tokens": number, "rate": f"/{number}", "per_second": f"{number}/s"}[self.kind]
 

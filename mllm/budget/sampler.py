@@ -9,10 +9,10 @@ largest as teacher, random ones between, and the smallest (slimmable networks), 
 import itertools
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from mllm.budget import Amount, Budget, MediumSpace, Space
+from mllm.budget import NONE, Amount, Budget, MediumSpace, Space
 
 Mode = Literal["all", "random", "sandwich", "points"]
 
@@ -80,19 +80,21 @@ class BudgetSampler:
         Args:
             step: optimizer step; all its micro-batches train the same budgets.
             media: media present in the row. Others are left out and budgets that then coincide come once, so that an
-                image is not run once per audio rate. What is sampled for a medium does not depend on this.
+                image is not run once per audio rate. What is sampled for a medium does not depend on this, but where
+                all that are present would be left out, which leaves nothing to learn from, they get their fewest
+                tokens.
         """
         present = [medium for medium in self.space.media if media is None or medium in set(media)]
-        return _merge([_restrict(sampled, present) for sampled in self._sample(step, present)])
+        return _merge([self._restrict(sampled, present) for sampled in self._sample(step, present)])
 
     def possible(self, media: Iterable[str]) -> list[Budget]:
         """List every budget that some step may sample for a row of these media."""
         present = [medium for medium in self.space.media if medium in set(media)]
         budgets = [SampledBudget(point) for point in self.points] or self._product(present)
-        return list(dict.fromkeys(_restrict(sampled, present).budget for sampled in budgets))
+        return list(dict.fromkeys(self._restrict(sampled, present).budget for sampled in budgets))
 
     def _product(self, present: Sequence[str]) -> list[SampledBudget]:
-        trained = [self.space.media[medium].trained for medium in present]
+        trained = [self.space.media[medium].choices for medium in present]
         frames = (self.space.frame_counts if "video" in present else ()) or (None,)
         return [
             SampledBudget(Budget(dict(zip(present, point, strict=True)), num_frames=count))
@@ -126,11 +128,13 @@ class BudgetSampler:
         )
 
     def _random_amounts(self, space: MediumSpace) -> tuple[Amount, ...]:
-        return space.trained[1:] if self.is_gated and len(space.trained) > 1 else space.trained
+        return space.choices[1:] if self.is_gated and len(space.choices) > 1 else space.choices
 
-
-def _restrict(sampled: SampledBudget, present: Sequence[str]) -> SampledBudget:
-    return SampledBudget(sampled.budget.only(present), sampled.weight, sampled.is_teacher)
+    def _restrict(self, sampled: SampledBudget, present: Sequence[str]) -> SampledBudget:
+        budget = sampled.budget.only(present)
+        if budget.amounts and set(budget.amounts.values()) == {NONE}:
+            budget = replace(budget, amounts={medium: self.space.media[medium].trained[-1] for medium in present})
+        return replace(sampled, budget=budget)
 
 
 def _merge(budgets: Sequence[SampledBudget]) -> list[SampledBudget]:

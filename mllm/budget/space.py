@@ -18,6 +18,8 @@ from mllm.budget.resolution import Resizing, Resolution
 from mllm.budget.tiling import Size, Tiles, Tiling
 
 Compression = Literal["query", "pool", "stack", "hybrid"]
+NONE = Amount("none")
+"""Leaves a medium out of a request."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Extent:
 class TokenCount:
     """Holds the exact soft tokens of one medium, and the rate they come from (0 where the budget names a count).
 
+    0 tokens leave the medium out: its encoder's features are not shown, and only the tokens around its span stay.
     Where it is several encoded images, `each` are the tokens of one of them, and either `tiles` says how the image
     is cut, `frames` how many are shown of the video, or `pieces` how many a host's own processor has made of an image.
     `resolution` is that of an image which its host is to see smaller than by default.
@@ -63,6 +66,8 @@ class TokenCount:
     @property
     def amount(self) -> Amount:
         """What was asked of each encoded item."""
+        if not self.tokens:
+            return NONE
         return (
             Amount("rate", Fraction(self.rate)) if self.rate else Amount("tokens", Fraction(self.each or self.tokens))
         )
@@ -81,7 +86,8 @@ class MediumSpace:
     window on a stream) or a hybrid compressor's largest count, `window_frames` the window of a query compressor on a
     stream. With `order` haar a grid has only the counts of whole maps, see `haar_grids`. `tiling` says how images are
     cut; `frame_counts` are the trained numbers of frames of a video whose frames are images, largest first. `resizing`
-    tells how images are seen smaller, where they can be.
+    tells how images are seen smaller, where they can be. With `with_none` requests were also trained without the
+    medium, where they hold another one; `trained` does not list that.
     """
 
     medium: str
@@ -94,15 +100,21 @@ class MediumSpace:
     tiling: Tiling | None = None
     frame_counts: tuple[int, ...] = ()
     resizing: Resizing | None = None
+    with_none: bool = False
+
+    @property
+    def choices(self) -> tuple[Amount, ...]:
+        """The trained amounts, largest first, and that it is left out where this was trained too."""
+        return (*self.trained, NONE) if self.with_none else self.trained
 
     def allowed(self) -> str:
         """List the amounts a user may ask for, in words, for messages and `--help`."""
-        trained = ", ".join(str(amount) for amount in self.trained)
+        trained = ", ".join(str(amount) for amount in self.choices)
         return f"{trained} (trained)" if not self.between else f"{trained} (trained) and what lies between them"
 
     def is_trained(self, amount: Amount) -> bool:
         """Say whether training sampled this very amount; `max` always is."""
-        return amount.kind == "max" or amount in self.trained
+        return amount.kind == "max" or amount in self.choices
 
     def is_trained_count(self, count: TokenCount) -> bool:
         """Say whether training sampled this count. Cuts into tiles differ by image, so they are not compared."""
@@ -127,6 +139,9 @@ class MediumSpace:
         Raises:
             ValueError: the amount cannot be met exactly; the message names what can.
         """
+        if amount == NONE:
+            self.check_none()
+            return TokenCount(0)
         chosen = self.trained[0] if amount.kind == "max" else amount
         if chosen.kind == "per_second":
             chosen = self._rate_of(chosen, extent)
@@ -143,6 +158,18 @@ class MediumSpace:
         if self.tiling is None:
             return _count_pieces(one, extent, resolution)
         return self._count_tiles(self.tiling, one.tokens, extent, max_tiles)
+
+    def check_none(self) -> None:
+        """Refuse to leave the medium out where training never did.
+
+        Raises:
+            ValueError: with what was trained.
+        """
+        if not self.with_none:
+            raise ValueError(
+                f"{self.medium}=none cannot be met: this model was not trained without {self.medium}; it serves "
+                f"{self.allowed()}"
+            )
 
     def resolution_of(self, extent: Extent, max_image_tokens: int | None) -> Resolution | None:
         """Choose how an image is seen: None is as its processor does by default.
@@ -270,7 +297,7 @@ class Space:
         return Budget({medium: space.trained[0] for medium, space in self.media.items()}, num_frames=frames)
 
     def smallest(self) -> Budget:
-        """Return every medium at its fewest tokens."""
+        """Return every medium at its fewest tokens; none of them is left out."""
         frames = next(reversed(self.frame_counts), None)
         return Budget({medium: space.trained[-1] for medium, space in self.media.items()}, num_frames=frames)
 
@@ -285,12 +312,16 @@ class Space:
         """Refuse a budget that speaks of what the model does not have.
 
         Raises:
-            ValueError: a medium, tiles, frames or smaller images of a model without them; what there is is named.
+            ValueError: a medium, tiles, frames or smaller images of a model without them, or a medium to be left out
+                that training never did; what there is is named.
         """
         for medium in budget.media:
             if medium not in self.media:
                 allowed = ", ".join(self.media) or "text only"
                 raise ValueError(f"this model does not take {medium}; it takes {allowed}")
+        for medium, amount in budget.amounts.items():
+            if amount == NONE:
+                self.media[medium].check_none()
         if budget.max_tiles is not None and self.media["image"].tiling is None:
             raise ValueError(f"tiles<={budget.max_tiles}: this model does not cut images into tiles")
         if budget.num_frames is not None and not self.media["video"].frame_counts:
@@ -310,8 +341,8 @@ def count_tokens(extents: Sequence[Extent], budget: Budget, space: Space) -> lis
     then video, and then the one with more tiles and frames.
 
     Raises:
-        ValueError: a medium the model does not take, an amount that cannot be met, a cap that nothing meets, or a
-            budget that has not been resolved.
+        ValueError: a medium the model does not take, an amount that cannot be met, a cap that nothing meets, a budget
+            that leaves all media out, or one that has not been resolved.
     """
     if budget.is_open:
         raise ValueError(
@@ -321,9 +352,12 @@ def count_tokens(extents: Sequence[Extent], budget: Budget, space: Space) -> lis
     for extent in extents:
         _check_medium(extent, space)
     space.check(budget)
-    if budget.total_tokens is None:
-        return [_count_of(extent, budget, space) for extent in extents]
-    return _best_split(extents, budget, space)
+    if budget.total_tokens is not None:
+        return _best_split(extents, budget, space)
+    counts = [_count_of(extent, budget, space) for extent in extents]
+    if counts and not any(count.tokens for count in counts):
+        raise ValueError(f"{budget} leaves nothing to answer about: the request holds no other medium; name an amount")
+    return counts
 
 
 def choices_of(extent: Extent, budget: Budget, space: Space) -> list[TokenCount]:
@@ -362,6 +396,8 @@ def _best_split(extents: Sequence[Extent], budget: Budget, space: Space) -> list
     smallest = 0
     for split in itertools.product(*by_medium.values()):
         sums = [sum(count.tokens for count in counts) for counts in split]
+        if not any(sums):
+            continue  # all media left out
         smallest = min(smallest or sum(sums), sum(sums))
         key = (sum(sums), *sums, *(sum(count.num_images for count in counts) for counts in split))
         if sum(sums) <= (budget.total_tokens or 0) and key > best_key:
@@ -380,7 +416,7 @@ def _choices(extents: list[Extent], budget: Budget, space: Space) -> list[list[T
     medium_space = space.media[medium]
     named = budget.amounts.get(medium)
     choices, refusals = [], []
-    for amount in medium_space.trained if named is None else (named,):
+    for amount in medium_space.choices if named is None else (named,):
         for change in _changes(extents, budget, medium_space):
             one_amount = replace(budget, amounts={medium: amount}, **change)
             try:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
-from mllm.budget import Amount, Compression
+from mllm.budget import NONE, Amount, Compression
 from mllm.budget.nesting import check_nesting, nesting_sizes
 from mllm.config.checks import Auto, check_at_least
 from mllm.config.projector import LinearConfig, MlpConfig, MoeConfig, NoProjectorConfig
@@ -301,13 +301,21 @@ class MediumConfig:
 
     @property
     def amounts(self) -> list[Amount]:
-        """Return the trained budgets, each once, largest first."""
+        """Return the trained budgets, each once, largest first, but for `none`."""
+        amounts = {amount for amount in self._listed() if amount != NONE}
+        counts = {amount.kind for amount in amounts} == {"tokens"}
+        return sorted(amounts, key=lambda amount: amount.value, reverse=counts)
+
+    @property
+    def with_none(self) -> bool:
+        """Tell whether requests are also trained without the medium."""
+        return NONE in self._listed()
+
+    def _listed(self) -> list[Amount]:
         listed = self.budgets
         if isinstance(listed, Mapping):
             listed = list(range(listed["start"], listed["stop"] + 1, listed["step"]))
-        amounts = {Amount.parse(item) for item in listed}
-        counts = {amount.kind for amount in amounts} == {"tokens"}
-        return sorted(amounts, key=lambda amount: amount.value, reverse=counts)
+        return [Amount.parse(item) for item in listed]
 
     @property
     def values(self) -> list[int]:
@@ -405,6 +413,8 @@ class ImageConfig(MediumConfig):
         self.check()
         if not self.has_counts and self.encoder is not None:
             raise ConfigError("budgets", f"are rates ({self.amounts[0]}); images take counts (64)")
+        if self.with_none:
+            raise ConfigError("budgets", "hold none, which is for audio and lips; an image is never left out")
         self.check_projector()
         compressor = self.compressor
         if isinstance(compressor, ImageQueryConfig) and compressor.start == "pyramid" and compressor.keys != "position":
@@ -450,7 +460,8 @@ class AudioConfig(MediumConfig):
     projector: Any = field(default=None, metadata=kinds(PROJECTORS, default="mlp"))
     """Brings tokens to the LLM's size; plain text is its kind. A mlp when left out, none for query."""
     budgets: list[str | int] | dict[str, int]
-    """Lists the rates that are trained, e.g. ["/4", "/16"] encoder frames per token, or counts."""
+    """Lists the rates that are trained, e.g. ["/4", "/16"] encoder frames per token, or counts; with "none" requests
+    are trained without audio too, where they hold another medium."""
     span: list[str] = field(default_factory=list)
     """Names the tokens before and after a clip's, e.g. ["<audio>", "</audio>"]; none when empty. Those that the LLM's
     tokenizer does not know get embedding rows of their own, which learn with the compressors."""
@@ -474,8 +485,8 @@ class VideoConfig(MediumConfig):
     projector: Any = field(default=None, metadata=kinds(PROJECTORS, default="mlp"))
     """Brings tokens of lips to the LLM's size; plain text is its kind. A mlp when left out, none for query."""
     budgets: list[str | int] | dict[str, int]
-    """Lists the rates that are trained, e.g. ["/2", "/5"] encoder frames per token, or counts; of frames the counts of
-    soft tokens of each."""
+    """Lists the rates that are trained, e.g. ["/2", "/5"] encoder frames per token, or counts; with "none" requests are
+    trained without lips too, where they hold another medium. Of frames, the counts of soft tokens of each."""
     span: list[str] = field(default_factory=list)
     """Names the tokens before and after a video's, e.g. ["<video>", "</video>"]; none when empty. Those that the LLM's
     tokenizer does not know get embedding rows of their own, which learn with the compressors."""
@@ -488,6 +499,8 @@ class VideoConfig(MediumConfig):
             self.check()
             if not self.has_counts:
                 raise ConfigError("budgets", f"are rates ({self.amounts[0]}); frames take counts (64)")
+            if self.with_none:
+                raise ConfigError("budgets", "hold none, which is for audio and lips; frames are never left out")
             return
         if self.compressor is None:
             object.__setattr__(self, "compressor", PoolConfig())

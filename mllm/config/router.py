@@ -22,6 +22,9 @@ class RouterFitConfig(ModelOptions):
     """Describes the form that all of these files are in."""
     root: str | None = None
     """Names the folder that the media paths of all manifests are relative to, instead of each manifest's own."""
+    noise: list[str] = field(default_factory=list)
+    """Names the audio file that the evaluation mixed into its audio, where it did: how noisy a recording sounds is
+    estimated anew."""
 
     def __post_init__(self) -> None:
         if not self.manifest:

@@ -15,12 +15,15 @@ def space_of(media: Mapping[str, MediumConfig]) -> Space:
         media: the blocks by medium; a video block of frames stands beside an image block.
 
     Raises:
-        ConfigError: frames, or budgets of frames, that the compressor of images does not serve.
+        ConfigError: frames, or budgets of frames, that the compressor of images does not serve, or budgets that leave
+            out the only medium.
     """
     spaces = {medium: medium_space(medium, media[medium]) for medium in MEDIA if medium in media}
     video = media.get("video")
     if video is not None and isinstance(video.encoder, FramesConfig):
         spaces["video"] = _frames_space(video, spaces["image"])
+    if len(spaces) == 1 and (only := next(iter(spaces.values()))).with_none:
+        raise ConfigError(f"{only.medium}.budgets", "hold none, and this model takes no other medium")
     return Space(spaces)
 
 
@@ -40,6 +43,7 @@ def medium_space(medium: str, block: MediumConfig) -> MediumSpace:
         between=compressor.counting != "stack" and not per_budget,
         order=getattr(compressor, "order", "raster"),
         tiling=tiling_of(block) if isinstance(block, ImageConfig) else None,
+        with_none=block.with_none,
     )
 
 

@@ -71,6 +71,7 @@ def _table(answers: Mapping[QuestionKey, Mapping[str, Line]], samples: Mapping[t
             "failed stands in the evaluation's lines"
         )
     rows = [[of_question[budget] for budget in budgets] for of_question in whole.values()]
+    is_noisy = any(snr_db is not None for _, _, snr_db in whole)
     has_flops = all(line["cost"] is not None for row in rows for line in row)
 
     def values(one_of: str) -> np.ndarray:
@@ -87,9 +88,16 @@ def _table(answers: Mapping[QuestionKey, Mapping[str, Line]], samples: Mapping[t
         sample_keys=tuple((name, id_) for name, id_, _ in whole),
         media_keys=tuple(repr(samples[name, id_].media_key) for name, id_, _ in whole),
         tasks=tuple(row[0]["task"] for row in rows),
-        kinds=tuple(row[0]["kind"] or "" for row in rows),
+        kinds=tuple(_kind_of(row[0], is_noisy) for row in rows),
         utility=values("utility"),
         tokens=values("tokens"),
         confidence=values("confidence"),
         flops=values("flops") if has_flops else None,
+        snrs_db=tuple(snr_db for _, _, snr_db in whole) if is_noisy else None,
     )
+
+
+def _kind_of(line: Line, is_noisy: bool) -> str:
+    """Return the kind of a question; where some are asked under noise, that is what telling kinds apart means."""
+    noise = "" if not is_noisy else "clean" if line["snr_db"] is None else f"{line['snr_db']:g} dB"
+    return f"{line['kind'] or ''} {noise}".strip()

@@ -59,11 +59,14 @@ class Item:
 def items_of(extent: Extent, count: TokenCount, *, frame_pixels: Sequence[int] = (0, 0)) -> list[Item]:
     """Lists the encoded items of one medium: an image's thumbnail and tiles, a video's frames, or the medium itself.
 
-    Every frame that was taken from a video is encoded, and only those that are shown are compressed.
+    Every frame that was taken from a video is encoded, and only those that are shown are compressed. A medium that is
+    left out is not encoded.
 
     Args:
         frame_pixels: height and width of the frames of a video that is read as a stream.
     """
+    if not count.tokens:
+        return []
     if extent.grid is None:
         size = (int(frame_pixels[0]), int(frame_pixels[1])) if extent.medium == "video" else (0, 0)
         return [Item(extent.medium, extent.length, count.tokens, *size)]

@@ -7,7 +7,7 @@ a model is right more often, and the router would spare tokens that unseen pictu
 """
 
 import json
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from mllm.data.manifest import Sample
 from mllm.data.readers import read_data
 from mllm.evaluation.answer_store import FINGERPRINT, HYPOTHESES, Line
 from mllm.evaluation.answer_table import tables_of
+from mllm.evaluation.noise import EvaluationNoise, noise_of_answers
 from mllm.inference.decoding import Decoding
 from mllm.inference.growth import grows
 from mllm.media import MediaLoader, resolve_media
@@ -41,10 +42,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Answers:
-    """Holds the answers of an evaluation and the samples they are about."""
+    """Holds the answers of an evaluation, the samples they are about, and the noise they were heard under."""
 
     lines: list[Line]
     samples: dict[SampleKey, Sample]
+    noise: EvaluationNoise | None = None
 
 
 def read_answers(settings: RouterFitConfig) -> Answers:
@@ -52,14 +54,14 @@ def read_answers(settings: RouterFitConfig) -> Answers:
 
     Raises:
         FileNotFoundError: the folder holds no finished evaluation, or there is no such manifest.
-        ValueError: another model's answers, manifests that are not those that were evaluated, or ones that the model
-            was trained on.
+        ValueError: another model's answers, manifests that are not those that were evaluated, ones that the model was
+            trained on, or answers under noise that is not named.
     """
     folder = Path(settings.answers)
     if not (folder / HYPOTHESES).is_file():
         raise FileNotFoundError(f"{folder} holds no {HYPOTHESES}; answers names the folder of a finished evaluation")
-    answered = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))["model"]
-    if changed := changed_files(answered, fingerprint_of_model(settings.model_folder)):
+    fingerprint = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))
+    if changed := changed_files(fingerprint["model"], fingerprint_of_model(settings.model_folder)):
         raise ValueError(f"{folder} holds answers of another model than {settings.model}: {', '.join(changed)} differ")
     for manifest in settings.manifest:
         refuse_training_data(manifest, settings.model_folder)
@@ -76,7 +78,8 @@ def read_answers(settings: RouterFitConfig) -> Answers:
         raise ValueError(f"{folder} holds answers to {sets}, and not to {', '.join(names)}")
     if missing := [line["id"] for line in kept if (line["set"], line["id"]) not in samples]:
         raise ValueError(f"the manifests do not hold sample {missing[0]!r} of {folder}; name those that were evaluated")
-    return Answers(kept, samples)
+    noise = noise_of_answers(fingerprint, settings.noise, settings.limits, folder=settings.answers)
+    return Answers(kept, samples, noise)
 
 
 def refuse_training_data(manifest: str, model_folder: Path) -> None:
@@ -130,14 +133,14 @@ def described_tables(
     tables = {}
     for media, table in tables_of(answers.lines, answers.samples).items():
         _check_trained(table, processor.space)
-        described = with_features(table, answers.samples, model, processor, progress=progress)
+        described = with_features(table, answers, model, processor, progress=progress)
         tables[media] = described, media == ("image",) and grows(model, processor, Decoding())
     return tables
 
 
 def with_features(
     table: AnswerTable,
-    samples: Mapping[SampleKey, Sample],
+    answers: Answers,
     model: Any,
     processor: ElasticProcessor,
     *,
@@ -148,6 +151,9 @@ def with_features(
     Its media keys are digests of the files' bytes: the same image under another path is the same image, when it is told
     whether a router has seen it.
 
+    Args:
+        answers: that the table was made of.
+
     Raises:
         MediaError: a file that cannot be read any more.
     """
@@ -155,12 +161,14 @@ def with_features(
     placeholders = list(processor.placeholder_ids.values())
     rows = []
     contents: dict[Hashable, str] = {}
-    for number, key in enumerate(table.sample_keys):
+    samples, snrs_db = answers.samples, table.snrs_db or (None,) * len(table)
+    for number, (key, snr_db) in enumerate(zip(table.sample_keys, snrs_db, strict=True)):
         sample = samples[key]
         if sample.media_key not in contents:
             files = (resolve_media(sample.root, part.path) for part in sample.media)
             contents[sample.media_key] = "+".join(map(digest_of_media, files))
-        media = processor.load_media(sample, loader=loader)
+        noise = None if snr_db is None or answers.noise is None else answers.noise.of(sample.id, snr_db)
+        media = processor.load_media(sample, loader=loader, noise=noise)
         row = processor.batch([sample], [media], for_training=False, with_values=False).rows[0]
         rows.append(features_of(model, row, placeholders))
         progress(number + 1, len(table))
@@ -174,7 +182,7 @@ def with_features(
 def _check_trained(table: AnswerTable, space: Space) -> None:
     for budget in table.budgets:
         if budget.is_open or not space.is_trained(budget):
-            trained = "; ".join(f"{medium}: {', '.join(map(str, one.trained))}" for medium, one in space.media.items())
+            trained = "; ".join(f"{medium}: {', '.join(map(str, one.choices))}" for medium, one in space.media.items())
             raise ValueError(
                 f"the answers are at {budget}, and a router chooses among trained budgets only ({trained})"
             )

@@ -22,6 +22,7 @@ from mllm.evaluation.benchmarks import report_of, write_submissions
 from mllm.evaluation.comparison import comparison_of, short_name
 from mllm.evaluation.fingerprint import fingerprint_of
 from mllm.evaluation.flops import cost_problem
+from mllm.evaluation.noise import read_noise
 from mllm.evaluation.plot import PLOT, plot_pareto
 from mllm.evaluation.report import Results, summarise
 from mllm.evaluation.request_costs import ModelCosts
@@ -29,9 +30,7 @@ from mllm.evaluation.scorers.registry import BENCHMARKS
 from mllm.evaluation.sweep import Sweep
 from mllm.evaluation.work_list import Work, plan
 from mllm.inference.answerer import Answerer
-from mllm.media import Audio, load_audio
 from mllm.router.router import router_for
-from mllm.transforms.noise import MixNoise
 from mllm.utils.files import digest_of_file, write_text_whole
 from mllm.utils.run_paths import RUN_CONFIG, run_of
 
@@ -61,7 +60,7 @@ def evaluate(settings: EvaluationConfig, *, progress: Progress | None = None) ->
 
     settings = settings.pinned()
     check_noise(settings)
-    noise = read_noise(settings)
+    noise = None if settings.noise is None else read_noise(settings.noise, settings.limits)
     whole = read_sets(settings)
     samples = {name: set_samples[: settings.limit] for name, set_samples in whole.items()}
     all_ids = all_vqav2_ids(settings, samples)
@@ -188,22 +187,6 @@ def check_noise(settings: EvaluationConfig) -> None:
             f"noise {settings.noise} is what the model was trained with ({trained}), so errors under it would be too "
             "few; name another recording, or set allow_training_noise"
         )
-
-
-def read_noise(settings: EvaluationConfig) -> Audio | None:
-    """Reads the noise to measure under.
-
-    Raises:
-        ValueError: it is silent throughout, or cannot be read.
-    """
-    if settings.noise is None:
-        return None
-    noise = load_audio(settings.noise, limits=settings.limits)
-    try:
-        MixNoise(noise, 0.0)
-    except ValueError as error:
-        raise ValueError(f"noise {settings.noise}: {error}") from error
-    return noise
 
 
 def run_part(

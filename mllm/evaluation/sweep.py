@@ -18,6 +18,7 @@ from mllm.budget import Budget
 from mllm.data.manifest import Sample
 from mllm.evaluation.answer_store import AnswerStore, Line
 from mllm.evaluation.flops import attention_flops, llm_flops, published_flops, row_cost
+from mllm.evaluation.noise import EvaluationNoise
 from mllm.evaluation.scorers.registry import BENCHMARKS
 from mllm.evaluation.work_list import Work, references_of, untrained_message
 from mllm.inference.answerer import Answer, Answerer, is_trained
@@ -26,8 +27,6 @@ from mllm.inference.long_audio import Window, join_answers, load_windows
 from mllm.media import Audio, MediaError, MediaLoader
 from mllm.processing.batch import EncodedSample, check_length
 from mllm.processing.processor import LoadedMedia
-from mllm.transforms.noise import MixNoise
-from mllm.utils.random_generator import random_generator
 
 
 @dataclass(frozen=True)
@@ -179,9 +178,7 @@ class Sweep:
         if ratio is None:
             return None
         assert self.noise is not None
-        mix = MixNoise(self.noise, ratio)
-        generator = random_generator(self.seed, 0, work.sample.id, f"evaluation noise {ratio:g}")
-        return lambda audio: mix(audio, generator)
+        return EvaluationNoise(self.noise, self.seed).of(work.sample.id, ratio)
 
     def _rows(self, items: Sequence[Loaded]) -> Sequence[EncodedSample]:
         samples: list[Sample] = [item.work.sample for item in items]

@@ -6,7 +6,7 @@ Knows samples, budgets and the model's space. Does not know models or files.
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mllm.budget import Amount, Budget, Space
+from mllm.budget import NONE, Amount, Budget, Space
 from mllm.data.manifest import Sample
 from mllm.evaluation.answer_store import Key
 from mllm.evaluation.media_stamps import NO_MEDIA, media_stamp_of
@@ -111,7 +111,7 @@ def is_for_server(sample: Sample) -> bool:
 
 def untrained_message(budget: Budget, space: Space) -> str:
     """Words the refusal of a budget that training did not sample."""
-    trained = "; ".join(f"{m}: {', '.join(map(str, space.media[m].trained))}" for m in budget.amounts)
+    trained = "; ".join(f"{m}: {', '.join(map(str, space.media[m].choices))}" for m in budget.amounts)
     if budget.num_frames is not None:
         trained += f"; frames: {', '.join(map(str, space.media['video'].frame_counts))}"
     return f"budget {str(budget)!r} was not trained ({trained}); allow_untrained evaluates it and marks its rows"
@@ -162,7 +162,8 @@ def _check_answers(name: str, samples: Sequence[Sample]) -> None:
 
 def _is_for(budget: Budget, sample: Sample) -> bool:
     held = {part.medium for part in sample.media}
-    return not budget.media or not held or bool(held & budget.media)
+    left_out = {medium for medium, amount in budget.amounts.items() if amount == NONE}
+    return not budget.media or not held or bool(held & budget.media and held - left_out)
 
 
 def _cut(budget: Budget, sample: Sample) -> Budget:

@@ -21,7 +21,7 @@ from torch import Tensor
 from mllm.budget import Budget, BudgetInput
 from mllm.config.long_audio import LongAudio
 from mllm.data.manifest import Sample
-from mllm.inference.automatic import answer_open, encode_batch
+from mllm.inference.automatic import BatchFeatures, answer_open
 from mllm.inference.decoding import Decoding, generate_answers
 from mllm.inference.grouping import group_by, number_per_batch
 from mllm.inference.growth import GrowingPrompt, grows, kept_tokens
@@ -342,19 +342,19 @@ class Answerer:
         """
         if not any(budget.is_open for of_rows in budgets for budget in of_rows):
             return self._answer_settled(batch, budgets, features=features, on_text=on_text, timed=timed)
-        encoder_ms = 0.0
-        if features is None:
-            features, encoder_ms = encode_batch(self.model, batch, timed=timed)
+        encoded = BatchFeatures(self.model, batch, timed=timed)
+        known = encoded.features if features is None else features
 
         def begin_growing(row: EncodedSample) -> Callable[[Budget], Answer]:
-            prompt = GrowingPrompt(self.model, self.processor, self.decoding, row, features)
+            prompt = GrowingPrompt(self.model, self.processor, self.decoding, row, known)
             return partial(prompt.answer, timed=timed)
 
-        settled = partial(self._answer_settled, features=features, timed=timed)
-        answers = answer_open(Batch(batch.rows), budgets, self.chooser, settled, begin_growing)
+        settled = partial(self._answer_settled, features=known, timed=timed)
+        encode = encoded.encode if features is None else lambda media: None
+        answers = answer_open(Batch(batch.rows), budgets, self.chooser, settled, begin_growing, encode)
         if on_text is not None:
             on_text(answers[0][0].text)
-        return [[_with_encoding(answer, encoder_ms) for answer in of_rows] for of_rows in answers]
+        return [[_with_encoding(answer, encoded.milliseconds) for answer in of_rows] for of_rows in answers]
 
     @torch.no_grad()
     def _answer_settled(

@@ -8,7 +8,7 @@ one (see `mllm.inference.growth`). What was read for answers that were discarded
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,6 +17,7 @@ from mllm.budget import MEDIA, Budget
 from mllm.inference.request import Answer
 from mllm.inference.timing import PHASES, Timing
 from mllm.model.encoding import encode_media
+from mllm.model.media_arguments import SIZE_KEYS, VALUE_KEYS
 from mllm.model.modeling import ElasticForConditionalGeneration, Features
 from mllm.processing.batch import Batch, EncodedSample
 from mllm.router.choice import BudgetChooser, Choice
@@ -25,6 +26,8 @@ AnswerSettled = Callable[[Batch, Sequence[Sequence[Budget]]], list[list[Answer]]
 """Answers every row of a batch at lists of settled budgets, each with one per row."""
 BeginGrowing = Callable[[EncodedSample], Callable[[Budget], Answer]]
 """Begins a prompt that can grow, for one row; what it gives answers at one budget after another."""
+EncodeMedia = Callable[[set[str]], None]
+"""Encodes the items of some media, named by their encoders, unless that was done before."""
 
 
 @dataclass
@@ -57,6 +60,7 @@ def answer_open(
     chooser: BudgetChooser,
     answer: AnswerSettled,
     begin_growing: BeginGrowing,
+    encode: EncodeMedia,
 ) -> list[list[Answer]]:
     """Answer every row of a batch at lists of budgets, some of which are open.
 
@@ -65,6 +69,7 @@ def answer_open(
         budgets: lists of budgets, each with one per row.
         answer: for the rows of this batch, or some of them.
         begin_growing: for rows of which something is kept when their budget grows.
+        encode: called before each pass with the media it shows, so that what no budget shows is not encoded.
 
     Raises:
         ValueError: as `BudgetChooser.choose`, or what `answer` refuses.
@@ -78,6 +83,7 @@ def answer_open(
             runs.append(_Run(number, choice, 0 if choice is None else choice.first, budget, grow))
     waiting = runs
     while waiting:
+        encode({name for run in waiting for name in _shown(batch.rows[run.row], run.budget, chooser)})
         together = [run for run in waiting if run.grow is None]
         if together:
             rows = Batch([batch.rows[run.row] for run in together], batch.values)
@@ -92,6 +98,12 @@ def answer_open(
     return [finished[start : start + size] for start in range(0, len(finished), size)]
 
 
+def _shown(row: EncodedSample, budget: Budget, chooser: BudgetChooser) -> list[str]:
+    """List the encoders of the media that a row shows at a budget."""
+    counts = row.token_counts(budget, chooser.processor.space)
+    return [span.encoder for span, count in zip(row.spans, counts, strict=True) if count.tokens]
+
+
 def _with_discarded(answers: Sequence[Answer]) -> Answer:
     """Return the last of several answers to one request, with everything that was read for all of them."""
     last, discarded = answers[-1], tuple(answers[:-1])
@@ -103,18 +115,27 @@ def _with_discarded(answers: Sequence[Answer]) -> Answer:
     return replace(last, tokens=tokens, timing=timing, discarded=discarded)
 
 
-@torch.no_grad()
-def encode_batch(
-    model: ElasticForConditionalGeneration, batch: Batch, *, timed: bool
-) -> tuple[Mapping[str, Features], float]:
-    """Encode all media of a batch.
+class BatchFeatures:
+    """Encodes the media of a batch, each the first time it is wanted.
 
-    Returns:
-        Features by the medium whose encoder it is, and the milliseconds it took, 0 unless `timed`.
+    Args:
+        features: what has been encoded already, by medium; it grows.
+        milliseconds: it took, 0 unless `timed`.
     """
-    device = model.device
-    start = time.perf_counter()
-    features = encode_media(model, batch.values, device)
-    if timed and device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return features, 1000 * (time.perf_counter() - start) if timed else 0.0
+
+    def __init__(self, model: ElasticForConditionalGeneration, batch: Batch, *, timed: bool) -> None:
+        self._model, self._batch, self._timed = model, batch, timed
+        self.features: dict[str, Features] = {}
+        self.milliseconds = 0.0
+
+    @torch.no_grad()
+    def encode(self, media: set[str]) -> None:
+        """Encode the items of some media that have not been encoded."""
+        keys = [key for medium in media - self.features.keys() for key in (VALUE_KEYS[medium], SIZE_KEYS[medium])]
+        values = {key: self._batch.values[key] for key in keys if key in self._batch.values}
+        device = self._model.device
+        start = time.perf_counter()
+        self.features |= encode_media(self._model, values, device)
+        if self._timed and device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        self.milliseconds += 1000 * (time.perf_counter() - start) if self._timed else 0.0

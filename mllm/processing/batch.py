@@ -29,7 +29,8 @@ class MediaSpan:
 
     Where the medium is several encoded images, `item` is the first of them; `tilings` are the cuts that an image was
     encoded in. `encoded_as` names the medium whose encoder is used where it is another one's. `views` say how the
-    prompt of a host shows it, and in which resolutions an image was encoded.
+    prompt of a host shows it, and in which resolutions an image was encoded. `estimated_snr_db` says how noisy audio
+    sounds.
     """
 
     extent: Extent
@@ -37,6 +38,7 @@ class MediaSpan:
     tilings: tuple[Tiles, ...] = ()
     encoded_as: str = ""
     views: tuple[HostView, ...] = ()
+    estimated_snr_db: float | None = None
 
     @property
     def encoder(self) -> str:
@@ -344,14 +346,13 @@ def _prefixes(
 
 
 def _expert_ids(row: EncodedSample, costs: Sequence[TokenCount], expert_names: ExpertNames) -> tuple[int, int]:
-    media = [span.extent.medium for span in row.spans]
+    shown = [(span.extent.medium, cost) for span, cost in zip(row.spans, costs, strict=True) if cost.tokens]
     try:
-        counts = list(zip(media, costs, strict=True))
         is_full = all(
             (cost.each or cost.tokens) == span.num_features(cost) for span, cost in zip(row.spans, costs, strict=True)
         )
-        scale_id = expert_names.scale_id(counts, is_full=is_full) if expert_names.scales else NO_EXPERT
-        task_id = expert_names.task_id(row.task, media) if expert_names.tasks else NO_EXPERT
+        scale_id = expert_names.scale_id(shown, is_full=is_full) if expert_names.scales else NO_EXPERT
+        task_id = expert_names.task_id(row.task, [medium for medium, _ in shown]) if expert_names.tasks else NO_EXPERT
     except ValueError as error:
         raise ValueError(f"sample {row.sample_id!r}: {error}") from error
     return scale_id, task_id
@@ -359,7 +360,10 @@ def _expert_ids(row: EncodedSample, costs: Sequence[TokenCount], expert_names: E
 
 @dataclass(frozen=True)
 class PlacedSpan:
-    """Holds a span at its cost: the encoded items it shows, and the order of their tokens unless that is plain."""
+    """Holds a span at its cost: the encoded items it shows, and the order of their tokens unless that is plain.
+
+    A medium that is left out has no placed span.
+    """
 
     span: MediaSpan
     cost: TokenCount
@@ -370,6 +374,8 @@ class PlacedSpan:
 def _placed_spans(row: EncodedSample, costs: Sequence[TokenCount], space: Space) -> list[PlacedSpan]:
     placed = []
     for span, cost in zip(row.spans, costs, strict=True):
+        if not cost.tokens:
+            continue
         try:
             items = span.items_of(cost)
         except ValueError as error:

@@ -58,6 +58,8 @@ class LoadedMedia:
     thumbnail and the tiles of every one of `tilings`; of a video its frames, and `encoded_as` names the medium whose
     encoder they want. `grid` is that of an image's patches where images keep their shape.
 
+    Of audio as it is to be answered about, `estimated_snr_db` says how noisy it sounds.
+
     Of a host, `views` say how its prompt shows the item, one for every resolution at which an image was loaded, their
     encoded images one after the other; `num_features` counts the features of a clip.
     """
@@ -71,6 +73,7 @@ class LoadedMedia:
     tilings: tuple[Tiles, ...] = ()
     views: tuple[HostView, ...] = ()
     num_features: int = 0
+    estimated_snr_db: float | None = None
 
     @property
     def encoder(self) -> str:

@@ -60,6 +60,7 @@ from mllm.processing.processor_calls import ProcessorCalls
 from mllm.processing.requests import SEPARATORS
 from mllm.transforms.augmentation import Augmentation, RngFor, rngs_by_purpose
 from mllm.transforms.encoder_inputs import ImageTransform, MediaTransform, build_transform
+from mllm.transforms.noise import estimated_snr_db
 
 PLACEHOLDER_TOKENS = {medium: f"<|{medium}_token|>" for medium in MEDIA}
 _HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -394,7 +395,8 @@ class ElasticProcessor(ProcessorCalls):
         values, raw_length = self.transforms[medium](raw, generator=generator)
         if self.facts[medium].max_patches is not None:
             return LoadedMedia(medium, values.flatten(0, 1), raw_length, (values.shape[0], values.shape[1]))
-        return LoadedMedia(medium, values, raw_length)
+        is_heard = isinstance(raw, Audio) and generator is None  # training never looks at the estimate
+        return LoadedMedia(medium, values, raw_length, estimated_snr_db=estimated_snr_db(raw) if is_heard else None)
 
     def _resolutions(self, raw: Any, budgets: Sequence[Budget]) -> list[Resolution]:
         """The resolutions at which budgets want an image of a host to be seen; none where there is no choice."""
@@ -417,6 +419,7 @@ class ElasticProcessor(ProcessorCalls):
             image_pixels=item.image_pixels,
             tilings=() if item.tiles is None else (item.tiles,),
             views=(HostView(item.ids, item.num_placeholders, item.breaks),),
+            estimated_snr_db=estimated_snr_db(raw) if isinstance(raw, Audio) else None,
         )
 
     def _resized(self, host: HostProcessor, raw: Any, resolutions: Sequence[Resolution]) -> LoadedMedia:
@@ -504,7 +507,14 @@ class ElasticProcessor(ProcessorCalls):
                 )
             try:
                 spans = tuple(
-                    MediaSpan(self.extent(item), numbers(item), item.tilings, item.encoded_as, item.views)
+                    MediaSpan(
+                        self.extent(item),
+                        numbers(item),
+                        item.tilings,
+                        item.encoded_as,
+                        item.views,
+                        item.estimated_snr_db,
+                    )
                     for item in items
                 )
             except ValueError as error:

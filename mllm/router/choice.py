@@ -160,7 +160,7 @@ class BudgetChooser:
         """List every combination of trained amounts of the media that a budget does not name."""
         space = self.processor.space
         space.check(budget)
-        amounts = {m: [budget.amounts[m]] if m in budget.amounts else space.media[m].trained[::-1] for m in media}
+        amounts = {m: [budget.amounts[m]] if m in budget.amounts else space.media[m].choices[::-1] for m in media}
         frames: Sequence[int | None] = [budget.num_frames]
         if "video" in media and budget.num_frames is None and space.frame_counts:
             frames = space.frame_counts[::-1]

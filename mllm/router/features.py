@@ -1,4 +1,4 @@
-"""Describes a request by what is known before any budget is chosen: its question, and how large its media are.
+"""Describes a request by what is known before a budget is chosen: its question, and how large and noisy its media are.
 
 Knows encoded rows and the LLM's embeddings of words. Does not know what the features are good for.
 
@@ -19,7 +19,7 @@ from mllm.budget import MEDIA
 from mllm.processing.batch import EncodedSample, MediaSpan
 from mllm.router.table import Array
 
-QUESTION, FACTS = "question", "facts"
+QUESTION, FACTS, NOISE = "question", "facts", "noise"
 MediaSet = tuple[str, ...]
 """The media that a request holds, each once, in the order of `MEDIA`."""
 
@@ -39,12 +39,15 @@ def features_of(model: Any, row: EncodedSample, placeholder_ids: Collection[int]
         placeholder_ids: of all media, which are no words.
 
     Returns:
-        By block: "question" (H,), the mean embedding of all words; "facts" (3 per medium), see `facts_of`.
+        By block: "question" (H,), the mean embedding of all words; "facts" (3 per medium), see `facts_of`; of requests
+        with audio, "noise" (1,), the least estimated ratio of signal to noise in dB.
     """
     words = [token for token in row.ids if token not in placeholder_ids]
     ids = torch.tensor([words], dtype=torch.int64, device=model.device)
     embeddings = model.model.embed_text(ids)[0].double().cpu().numpy()
-    return {QUESTION: embeddings.mean(axis=0), FACTS: facts_of(row.spans)}
+    features = {QUESTION: embeddings.mean(axis=0), FACTS: facts_of(row.spans)}
+    ratios = [span.estimated_snr_db for span in row.spans if span.estimated_snr_db is not None]
+    return features | ({NOISE: np.asarray([min(ratios)])} if ratios else {})
 
 
 def facts_of(spans: Sequence[MediaSpan]) -> Array:

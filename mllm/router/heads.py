@@ -48,10 +48,10 @@ class Reduction:
 
     @classmethod
     def fit(cls, block: Array, max_components: int = MAX_COMPONENTS) -> "Reduction":
-        """Find the principal components of a block (n, F_block)."""
+        """Find the principal components of a block (n, F_block); none where all rows are alike but for rounding."""
         mean = block.mean(axis=0)
         _, singular, directions = np.linalg.svd(block - mean, full_matrices=False)
-        kept = int(min(max_components, (singular > 1e-6 * max(singular[0], 1e-12)).sum()))
+        kept = int(min(max_components, (singular > max(1e-6 * singular[0], 1e-9 * np.linalg.norm(block))).sum()))
         scale = np.sqrt((singular[:kept] ** 2).sum() / len(block) / max(kept, 1)) or 1.0
         return cls(mean, directions[:kept].T / scale)
 

@@ -31,13 +31,14 @@ class AnswerTable:
         media_keys: (n) equal where questions are about the same media. Questions of one picture or clip depend on each
             other, so this is the unit of every resampling, split and bound.
         tasks: (n) the task of each sample.
-        kinds: (n) the kind of question, "" where the manifest does not say.
+        kinds: (n) the kind of question, "" where the manifest does not say; of answers under noise its ratio.
         utility: (n, K) in [0, 1]: accuracy, or 1 - min(WER, 1) of speech.
         tokens: (n, K) soft tokens.
         confidence: (n, K) smallest probability of any token of the answer, in [0, 1].
         flops: (n, K) of the whole request asked alone: encoder, compressor, prefill, decoding; None where the model has
             no formula.
         milliseconds: (n, K) of the whole request; None where none were measured.
+        snrs_db: (n) the noise that each sample was heard under, None for none; None where no answers are under noise.
         features: by block ("question", "media", ...), (n, F_block) each: what is known of a question before any budget
             is chosen. Without blocks, a table serves fixed budgets and oracles alone.
     """
@@ -52,6 +53,7 @@ class AnswerTable:
     confidence: Array
     flops: Array | None = None
     milliseconds: Array | None = None
+    snrs_db: tuple[float | None, ...] | None = None
     features: Mapping[str, Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

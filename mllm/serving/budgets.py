@@ -16,7 +16,7 @@ Knows budgets, spaces and extents. Does not know HTTP, files or models.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from mllm.budget import MEDIA, Amount, Auto, Budget, Extent, Space, TokenCount, count_tokens
+from mllm.budget import MEDIA, NONE, Amount, Auto, Budget, Extent, Space, TokenCount, count_tokens
 from mllm.serving.errors import RequestError, bad_request, refusal_of
 from mllm.serving.fields import Fields, shown
 
@@ -177,7 +177,7 @@ class BudgetPolicy:
         most_frames, frames = self.cap.num_frames, budget.num_frames
         if most_frames is not None and "video" in budget.amounts and (frames is None or frames > most_frames):
             return False
-        return all(amount in self.within(medium) for medium, amount in budget.amounts.items())
+        return all(amount == NONE or amount in self.within(medium) for medium, amount in budget.amounts.items())
 
     def within(self, medium: str) -> list[Amount]:
         """Return the trained amounts of a medium that the cap allows, most tokens first."""

@@ -5,7 +5,7 @@ Knows the words of budgets. Does not know engines, media or models.
 
 from collections.abc import Mapping
 
-from mllm.budget import Budget, Space
+from mllm.budget import NONE, Budget, Space
 
 KEYS = ("budget", "max_soft_tokens")
 
@@ -38,6 +38,10 @@ def budget_of(options: Mapping[str, object], space: Space) -> Budget:
             f"budget {str(budget)!r}: vLLM counts and keeps the media of a prompt one by one, so nothing can be capped "
             f"over all of them; name each medium, e.g. {example!r}. `mllm serve --engine vllm` takes caps: it splits "
             "them before the engine is asked"
+        )
+    if left_out := [medium for medium, amount in budget.amounts.items() if amount == NONE]:
+        raise ValueError(
+            f"budget {str(budget)!r}: vLLM has a place for every medium of a prompt; send none of {left_out[0]} instead"
         )
     space.check(budget)
     return budget

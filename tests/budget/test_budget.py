@@ -33,6 +33,7 @@ def tokens(budget: str, *extents: Extent) -> list[int]:
         "total<=256",
         "image=3,audio=0.05/s,total<=9",
         "auto,loss<=0.05",
+        "audio=/4,video=none",
     ],
 )
 def test_parse_and_format_are_inverse(text: str) -> None:
@@ -167,3 +168,29 @@ def test_a_run_of_counts_is_written_as_a_range() -> None:
     assert even.media["image"].max_tokens == 256
     assert even.largest() == Budget({"image": Amount("tokens", Fraction(256))})
     assert even.smallest() == Budget.parse("image=2")
+
+
+def test_a_medium_is_left_out_where_training_did_so_and_another_one_stays() -> None:
+    left_out = space(audio={"budgets": ["/4", "/8"]}, video={"budgets": ["/2", "none"]})
+    budget = Budget.parse("audio=/4,video=none")
+    assert count_tokens([AUDIO, VIDEO], budget, left_out) == [TokenCount(25, rate=4), TokenCount(0)]
+    assert left_out.is_trained(budget)
+    assert [str(amount) for amount in left_out.media["video"].trained] == ["/2"], "what has soft tokens"
+    assert TokenCount(0).amount == Amount("none")
+    assert left_out.smallest() == Budget.parse("audio=/8,video=/2")
+    # A cap may leave lips out, but never the last medium of a request.
+    assert [count.tokens for count in count_tokens([AUDIO, VIDEO], Budget.parse("total<=25"), left_out)] == [25, 0]
+    with pytest.raises(ValueError, match="total<=11 cannot be met: the smallest split of this request takes 12"):
+        count_tokens([AUDIO, VIDEO], Budget.parse("total<=11"), left_out)
+    for extents, text in (([VIDEO], "video=none"), ([VIDEO, VIDEO], "video=none")):
+        with pytest.raises(ValueError, match="video=none leaves nothing to answer about"):
+            count_tokens(extents, Budget.parse(text), left_out)
+    with pytest.raises(ValueError, match="video=none cannot be met: this model was not trained without video"):
+        tokens("audio=/4,video=none", AUDIO, VIDEO)
+    for blocks, message in (
+        ({"image": {"budgets": [4, "none"]}}, "an image is never left out"),
+        ({"audio": {"budgets": ["/4", "none"]}}, "this model takes no other medium"),
+        ({"audio": {"budgets": ["none"]}}, "must be counts only or rates only, and not empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            space(**blocks)

@@ -87,6 +87,20 @@ def test_contradictions_are_refused(arguments: dict, message: str) -> None:
         BudgetSampler(SPACE, **arguments)
 
 
+@pytest.mark.parametrize("mode", ["all", "random"])
+def test_a_row_keeps_one_of_its_media(mode: Mode) -> None:
+    speech = space(audio={"budgets": ["/4", "/16", "none"]}, video={"budgets": ["/2", "none"]})
+    sampler = BudgetSampler(speech, mode)
+    seen = {text for step in range(200) for text in budgets(sampler, step, "audio", "video")}
+    assert seen == {
+        *(f"audio={audio},video={video}" for audio in ("/4", "/16") for video in ("/2", "none")),
+        "audio=none,video=/2",
+        "audio=/16,video=/2",  # in place of neither
+    }
+    assert {text for step in range(50) for text in budgets(sampler, step, "video")} == {"video=/2"}
+    assert {text for step in range(50) for text in budgets(sampler, step, "audio")} == {"audio=/4", "audio=/16"}
+
+
 @pytest.mark.parametrize("mode", ["all", "random", "sandwich"])
 def test_what_is_possible_is_what_some_step_samples(mode: Mode) -> None:
     speech = space(audio={"budgets": ["/4", "/16"]}, video={"budgets": ["/2", "/5"]})

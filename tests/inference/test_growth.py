@@ -14,9 +14,9 @@ from mllm.budget import Budget
 from mllm.config.model import LoraBankConfig
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.inference.answerer import Answerer, Decoding
-from mllm.inference.automatic import encode_batch
 from mllm.inference.growth import GrowingPrompt, grows
 from mllm.media import InMemoryMedium
+from mllm.model.encoding import encode_media
 from mllm.processing.batch import Batch
 from mllm.router.heads import Heads, Reduction
 from mllm.router.router import MediaRouter, OperatingPoint, Router
@@ -61,7 +61,7 @@ def test_a_grown_answer_is_that_of_the_prompt_read_whole(case: str, num_beams: i
     answerer = make(image, decoding=Decoding(num_beams, 6))
     budgets = [Budget.parse(text) for text in texts]
     batch = request(answerer, num_images, budgets)
-    features, _ = encode_batch(answerer.model, batch, timed=False)
+    features = encode_media(answerer.model, batch.values, answerer.model.device)
     prompt = GrowingPrompt(answerer.model, answerer.processor, answerer.decoding, batch.rows[0], features)
     for budget in budgets:
         expected = answerer.answer_batch(batch, [[budget]])[0][0]
@@ -76,7 +76,7 @@ def test_every_row_of_a_batch_grows_as_it_would_alone(image: dict[str, Any]) -> 
     budgets = [Budget.parse("image=4"), Budget.parse("image=16")]
     rows = [([tiny.random_media("image", seed=number), "how many objects?"], "two") for number in range(3)]
     together = tiny.batch(answerer.processor, rows)
-    features, _ = encode_batch(answerer.model, together, timed=False)
+    features = encode_media(answerer.model, together.values, answerer.model.device)
     for number, row in enumerate(rows):
         prompt = GrowingPrompt(answerer.model, answerer.processor, answerer.decoding, together.rows[number], features)
         alone = tiny.batch(answerer.processor, [row])
@@ -90,7 +90,7 @@ def test_what_is_kept_is_not_read_again() -> None:
     small, large = Budget.parse("image=2"), Budget.parse("image=16")
     for num_images, kept_soft in ((1, 2), (2, 2)):
         batch = request(answerer, num_images, [small])
-        features, _ = encode_batch(answerer.model, batch, timed=False)
+        features = encode_media(answerer.model, batch.values, answerer.model.device)
         prompt = GrowingPrompt(answerer.model, answerer.processor, answerer.decoding, batch.rows[0], features)
         first = prompt.answer(small)
         assert (first.tokens, first.num_kept_tokens) == ({"image": 2 * num_images}, 0)
@@ -116,7 +116,7 @@ def test_an_expert_per_scale_keeps_nothing_and_is_right_all_the_same() -> None:
     answerer = make(QUERY, adapter=scales)
     budgets = [Budget.parse("image=2"), Budget.parse("image=16")]
     batch = request(answerer, 1, budgets)
-    features, _ = encode_batch(answerer.model, batch, timed=False)
+    features = encode_media(answerer.model, batch.values, answerer.model.device)
     prompt = GrowingPrompt(answerer.model, answerer.processor, answerer.decoding, batch.rows[0], features)
     answers = [prompt.answer(budget) for budget in budgets]
     assert [answer.num_kept_tokens for answer in answers] == [0, 0]

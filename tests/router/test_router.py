@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mllm.budget import Auto, Budget
-from mllm.router.heads import fit_heads, folds_of
+from mllm.router.heads import Reduction, fit_heads, folds_of
 from mllm.router.policy import Policy, Predictions, price_grid
 from mllm.router.router import FILE, WEIGHTS, MediaRouter, Router, fit_media_router, read_router
 from mllm.router.table import AnswerTable
@@ -207,3 +207,13 @@ def test_damaged_files_are_refused_by_name(fitted: MediaRouter, tmp_path: Path) 
         (tmp_path / FILE).write_text(damaged)
         with pytest.raises(ValueError, match=message):
             read_router(tmp_path, FINGERPRINT)
+
+
+def test_what_never_differed_is_no_feature() -> None:
+    block = np.full((30, 2), np.log2(65.0))
+    assert Reduction.fit(block).components.shape == (2, 0), "rounding is no direction"
+    block[:, 1] += np.arange(30)
+    reduced = Reduction.fit(block)
+    assert reduced.components.shape == (2, 1)
+    assert np.isfinite(reduced(block * 2)).all()
+    np.testing.assert_allclose((reduced(block) ** 2).mean(), 1.0)

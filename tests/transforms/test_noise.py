@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mllm.media import Audio
-from mllm.transforms.noise import MixNoise
+from mllm.transforms.noise import MAX_ESTIMATE_DB, MixNoise, estimated_snr_db
 from mllm.utils.random_generator import random_generator
 
 
@@ -100,3 +100,21 @@ def test_noise_that_cannot_be_mixed() -> None:
     for bad in (math.inf, math.nan, []):
         with pytest.raises(ValueError, match="snr_db must be"):
             MixNoise(random_audio(), bad)
+
+
+def test_the_estimate_rises_with_the_ratio_and_not_with_the_level() -> None:
+    speech = random_audio().samples.copy()
+    speech[4_000:8_000] = 0  # a pause
+    steady = random_audio(seed=1)
+    estimates = [
+        estimated_snr_db(MixNoise(steady, snr_db)(Audio(speech, 16_000), random_generator(0, 0, "a", "noise")))
+        for snr_db in (-10.0, 0.0, 10.0, 20.0)
+    ]
+    assert estimates == sorted(estimates)
+    # Speech fills three quarters, so it is 4/3 times as loud there as on average; what is heard is noise beside it.
+    assert estimates[2] == pytest.approx(10 * math.log10(1 + 10 * 4 / 3), abs=1)
+    clean = Audio(speech, 16_000)
+    assert estimated_snr_db(clean) == MAX_ESTIMATE_DB, "digital silence"
+    noisy = MixNoise(steady, 5.0)(clean, random_generator(0, 0, "a", "noise"))
+    assert estimated_snr_db(Audio(4 * noisy.samples, 16_000)) == pytest.approx(estimated_snr_db(noisy))
+    assert estimated_snr_db(Audio(np.zeros(100, np.float32), 16_000)) == 0

@@ -263,7 +263,7 @@ def pooled_frames(medium: str, config: Any, points: Sequence[Budget]) -> int:
     if block.compressor.kind != "pool" or getattr(block.projector, "before_pooling", False):
         raise ValueError(f"{key}, whose compressor does not average what its encoder gives; leave it out")
     amounts = [*space.trained, *(point.amounts[medium] for point in points if medium in point.amounts)]
-    if other := [amount for amount in amounts if amount.kind not in ("rate", "max")]:
+    if other := [amount for amount in amounts if amount.kind not in ("rate", "max", "none")]:
         raise ValueError(f"{key}, which trains at {other[0]}; only streams at rates such as /4 can be kept pooled")
     rates = [int(amount.value) for amount in amounts if amount.kind == "rate"]
     if (frames := math.gcd(*rates)) == 1:
