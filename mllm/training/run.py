@@ -47,7 +47,7 @@ from mllm.training.pipeline.batches import RankSlots
 from mllm.training.pipeline.dataset import TrainingData, build_sampler, extreme_budgets, load_dataset
 from mllm.training.pipeline.loaders import encode, loading, train_loader, validation_loader
 from mllm.training.progress import reporting
-from mllm.training.run_folder import Checkpoint, remove_leftovers, run_lock
+from mllm.training.run_folder import Checkpoint, delete_old, remove_leftovers, run_lock
 from mllm.training.throughput import Stopwatch
 from mllm.training.trainer import ElasticTrainer, Metric, Validation
 from mllm.training.watchdog import remove_reports, watched
@@ -115,6 +115,8 @@ def train(
             trainer = _prepare(config, arguments, start, sources=sources or {}, metric=metric)
             if start is not None and start.step >= arguments.max_steps:
                 logger.info("%s is the last step already; nothing is trained", start.folder)
+                if arguments.should_save:  # a kill behind the last checkpoint may have left one too many
+                    delete_old(arguments.run, config.train.keep_checkpoints)
                 load_trainables(trainer.elastic, start.folder / TRAINABLES, trainable_names(trainer.elastic))
             else:
                 _fit(trainer, start, request)

@@ -162,8 +162,10 @@ def test_a_run_from_files_to_a_folder_that_loads(world: Path, tmp_path: Path) ->
     assert list((tmp_path / "tensorboard").iterdir())
     with pytest.raises(ValueError, match="already holds checkpoint-00000004"):
         train(settings)
+    shutil.copytree(tmp_path / "checkpoint-00000002", tmp_path / "checkpoint-00000001")  # a kill left one too many
     assert train(settings, resume="auto") == tmp_path  # complete already: nothing is trained, the folder is written
     assert load_file(tmp_path / TRAINABLES).keys() == saved.keys()
+    assert sorted(path.name for path in tmp_path.glob("check*")) == ["checkpoint-00000002", "checkpoint-00000004"]
 
 
 def test_in_half_precision_what_trains_and_its_moments_stay_in_single(world: Path, tmp_path: Path) -> None:
