@@ -29,6 +29,7 @@ from mllm.processing.placeholders import IGNORED_LABEL
 from mllm.processing.processor import ElasticProcessor
 from mllm.serving.answering import AnswerRun, ReadPrompt, decoder_of
 from mllm.serving.media_cache import MediaItem
+from mllm.utils.fail_points import fail_point
 
 ENCODED_TOGETHER = 8
 """Items of one call of an encoder, so that its memory is bounded."""
@@ -74,6 +75,7 @@ class Engine:
             runs: answers that have not ended.
             is_interrupted: asked after every token with the steps so far and how many answers go on.
         """
+        fail_point("serve.answer")
         self._read([run for run in runs if run.read is None])
         rows = [run.read for run in runs if run.read is not None]
         for run in runs:

@@ -23,6 +23,7 @@ from mllm.serving.budgets import BudgetPolicy, ItemBudget, RequestBudget
 from mllm.serving.decoders import PooledLoader
 from mllm.serving.errors import SAMPLE_ID, bad_request, refusal_of
 from mllm.serving.media_cache import MediaCache, MediaItem, Window, Windows
+from mllm.utils.fail_points import fail_point
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ class Preparer:
             RequestError: 400, a file that cannot be used, a budget that cannot be met, or a prompt that is too long.
             Cancelled: nobody waits any more.
         """
+        fail_point("serve.prepare")
         groups = _groups(conversation.media, has_clips="video" not in self.processor.sampling)
         loader = self.loader.until(is_cancelled)
         windows_of_groups: list[Windows] = []

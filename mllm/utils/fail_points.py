@@ -29,6 +29,8 @@ FAIL_POINTS = {
     "features.shard": "a shard of features is written, and no index knows of it",
     "features.index": "the index knows of a shard",
     "prepare.clip": "a clip is prepared, and no report knows of it",
+    "serve.prepare": "a request is read, and its media and prompt are prepared",
+    "serve.answer": "the LLM is about to go on with the answers of some requests",
 }
 """Every place, and how far a process has come there."""
 ACTIONS = ("kill", "raise", "full", "hang", "term")
