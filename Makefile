@@ -46,8 +46,9 @@ test: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 ## make test-faults  every fault by the thousand, and one table of what held: most of an hour on two cores; Linux
-test-faults: $(VENV)/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/table.py
+test-faults: $(VENV)/dev.stamp $(VENV)-lips/stamp
+	export OMP_NUM_THREADS=1; $(BIN)/python tests/faults/table.py; status=$$?; \
+	$(VENV)-lips/bin/python tests/faults/table.py --tier lips && exit $$status
 
 ## make test-slow  the tests that take minutes (several processes, DeepSpeed)
 test-slow: $(VENV)/dev.stamp

@@ -7,6 +7,7 @@ import contextlib
 import os
 import random
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -35,6 +36,7 @@ def run_child(
     fail_point: str = "",
     signal_after: tuple[float, int] | None = None,
     timeout: float = 120,
+    observe: Callable[[int], object] = lambda child: None,
 ) -> Ended:
     """Run work in a child of a process group of its own.
 
@@ -42,29 +44,105 @@ def run_child(
         log: where its two outputs go.
         fail_point: see `mllm.utils.fail_points`.
         signal_after: seconds, and the signal that the child's whole group gets then.
+        observe: called with the child's process id again and again while it lives.
 
     Raises:
         TimeoutError: it did not end; it is killed.
     """
     started = time.monotonic()
-    if (child := os.fork()) == 0:
-        os.setsid()
-        _run(work, log, fail_point)
-    end = started + timeout
+    child = _start(work, log, fail_point, {})
     while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            seconds = time.monotonic() - started
-            _end_group(child)
-            return Ended(os.waitstatus_to_exitcode(status), log.read_text(errors="replace"), seconds)
-        if signal_after is not None and time.monotonic() - started >= signal_after[0]:
+        if (code := _exit_code(child)) is not None:
+            return Ended(code, log.read_text(errors="replace"), time.monotonic() - started)
+        seconds = time.monotonic() - started
+        if signal_after is not None and seconds >= signal_after[0]:
             os.killpg(child, signal_after[1])
             signal_after = None
-        if time.monotonic() > end:
-            _end_group(child)
-            os.waitpid(child, 0)
+        if seconds > timeout:
+            _kill(child)
             raise TimeoutError(f"nothing after {timeout} seconds: {log.read_text(errors='replace')[-2000:]}")
+        observe(child)
         time.sleep(0.002)
+
+
+def run_pair(
+    work: Callable[[], object],
+    log: Path,
+    *,
+    fail_point: str = "",
+    kill_after: float | None = None,
+    rank: int = 0,
+    timeout: float = 300,
+) -> list[Ended]:
+    """Run work in two children that are the processes of one launcher; as it does, end the other when one has failed.
+
+    Args:
+        log: where the outputs of both go, each into a file with its rank as suffix.
+        fail_point: of the child `rank` alone.
+        kill_after: seconds after which the child `rank` is killed.
+
+    Raises:
+        TimeoutError: one of them did not end; both are killed.
+    """
+    started, address = time.monotonic(), {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    logs = [log.with_suffix(f".{number}") for number in range(2)]
+    children = [
+        _start(
+            work,
+            logs[number],
+            fail_point if number == rank else "",
+            {**address, "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+        )
+        for number in range(2)
+    ]
+    ended: dict[int, Ended] = {}
+    while len(ended) < 2:
+        seconds = time.monotonic() - started
+        for number in {0, 1} - ended.keys():
+            if (code := _exit_code(children[number])) is not None:
+                ended[number] = Ended(code, logs[number].read_text(errors="replace"), seconds)
+        left = [children[number] for number in {0, 1} - ended.keys()]
+        if kill_after is not None and seconds >= kill_after:
+            for child in {children[rank]}.intersection(left):
+                os.killpg(child, signal.SIGKILL)
+            kill_after = None
+        if any(one.code for one in ended.values()) or seconds > timeout:
+            for child in left:
+                os.killpg(child, signal.SIGKILL)
+        if seconds > timeout and left:
+            said = "".join(path.read_text(errors="replace")[-1000:] for path in logs)
+            raise TimeoutError(f"nothing after {timeout} seconds: {said}")
+        time.sleep(0.002)
+    return [ended[0], ended[1]]
+
+
+def _free_port() -> int:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return held.getsockname()[1]
+
+
+def _start(work: Callable[[], object], log: Path, fail_point: str, environment: dict[str, str]) -> int:
+    """Fork a child that works, in a process group of its own; its process id."""
+    if (child := os.fork()) == 0:
+        os.setsid()
+        os.environ.update(environment)
+        _run(work, log, fail_point)
+    return child
+
+
+def _exit_code(child: int) -> int | None:
+    """Return with what a child has ended, negative after a signal, or None while it lives."""
+    done, status = os.waitpid(child, os.WNOHANG)
+    if not done:
+        return None
+    _end_group(child)
+    return os.waitstatus_to_exitcode(status)
+
+
+def _kill(child: int) -> None:
+    _end_group(child)
+    os.waitpid(child, 0)
 
 
 def _end_group(child: int) -> None:

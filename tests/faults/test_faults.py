@@ -15,8 +15,8 @@ from mllm.utils.fail_points import ACTIONS, FAIL_POINTS, InjectedError, arm, fai
 FOLDER = Path(__file__).parent
 PACKAGE = FOLDER.parent.parent / "mllm"
 ROWS = (
-    *("kills at places", "kills at random", "kills in evaluation", "kills in features", "full disks", "signals"),
-    *("damaged files", "damaged media", "hostile checkpoints"),
+    *("kills at places", "kills at random", "kills in evaluation", "kills in features", "kills in import"),
+    *("full disks", "small disks", "signals", "damaged files", "damaged media", "hostile checkpoints"),
 )
 
 
@@ -36,6 +36,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, ob
 @pytest.mark.parametrize("row", ROWS)
 def test_what_is_promised_holds(outcomes: dict[str, dict[str, object]], row: str) -> None:
     outcome = outcomes[row]
+    if outcome["skipped"]:
+        pytest.skip(str(outcome["skipped"]))
     assert outcome["tries"]
     assert outcome["held"] == outcome["tries"], outcome["failures"]
 

@@ -1,5 +1,6 @@
 """A mistake inside a server fails the one request that it happens in, in words that give nothing away."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from toy_server import HTTP, NAME, Running, server, user, write_run
 from mllm.utils.fail_points import VARIABLE
 
 pytestmark = pytest.mark.slow
+in_full_runs = pytest.mark.skipif("ALL_FAULTS" not in os.environ, reason="a server each: run by make test-faults")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def answer_of(response: httpx.Response) -> str:
     return response.json()["choices"][0]["message"]["content"]
 
 
-@pytest.mark.parametrize("place", ["serve.prepare", "serve.answer"])
+@pytest.mark.parametrize("place", [pytest.param("serve.prepare", marks=in_full_runs), "serve.answer"])
 def test_one_request_fails_and_the_next_is_answered(run: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     monkeypatch.setenv(VARIABLE, f"{place}:raise@2")
     with server(run) as running:
@@ -39,6 +41,7 @@ def test_one_request_fails_and_the_next_is_answered(run: Path, monkeypatch: pyte
         assert any(f"injected at {place}" in line for line in running.lines)
 
 
+@in_full_runs
 def test_one_request_that_never_gets_ready_holds_up_no_other(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "serve.prepare:hang@1")
     with server(run) as running, ThreadPoolExecutor(1) as pool:
