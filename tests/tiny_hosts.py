@@ -295,24 +295,28 @@ def _qwen2_5_vl_config(tokenizer: Any) -> Any:
     )
 
 
-def _qwen3_vl_config(tokenizer: Any) -> Any:
-    return hf.Qwen3VLConfig(
+_EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+
+
+def _qwen3_vl_config(tokenizer: Any, kind: str = "Qwen3VLConfig", **text: Any) -> Any:
+    return getattr(hf, kind)(
         vision_config={**_MERGED_VISION, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 144},
-        text_config={**_mrope_text((2, 1, 1), mrope_interleaved=True), "head_dim": 8},
+        text_config={**_mrope_text((2, 1, 1), mrope_interleaved=True), "head_dim": 8, **text},
         tie_word_embeddings=False,
         **_merged_ids(tokenizer),
         **_vision_ids(tokenizer),
     )
 
 
-def _qwen3_5_config(tokenizer: Any) -> Any:
+def _qwen3_5_config(tokenizer: Any, kind: str = "Qwen3_5Config", **more: Any) -> Any:
     text = _mrope_text((2, 1, 1), mrope_interleaved=True, partial_rotary_factor=1.0)
     linear = {f"linear_{kind}_head_dim": 8 for kind in ("key", "value")}
-    return hf.Qwen3_5Config(
+    return getattr(hf, kind)(
         vision_config={**_MERGED_VISION, "num_position_embeddings": 144},
         text_config={
             **{**text, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"]},
             **{**linear, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_conv_kernel_dim": 4},
+            **more,
         },
         tie_word_embeddings=False,
         **_merged_ids(tokenizer),
@@ -320,21 +324,35 @@ def _qwen3_5_config(tokenizer: Any) -> Any:
     )
 
 
-def _glm4v_config(tokenizer: Any) -> Any:
+def _glm4v_config(tokenizer: Any, kind: str = "Glm4vConfig", **text: Any) -> Any:
     names = ("image_start", "image_end", "video_start", "video_end")
     tokens = ("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>")
-    return hf.Glm4vConfig(
+    return getattr(hf, kind)(
         vision_config={**_MERGED_VISION, "image_size": 48},
-        text_config=_mrope_text(),
+        text_config={**_mrope_text(), **text},
         tie_word_embeddings=False,
         **_merged_ids(tokenizer, "<|image|>", "<|video|>"),
         **{f"{name}_token_id": _id(tokenizer, token) for name, token in zip(names, tokens, strict=True)},
     )
 
 
+def _qwen3_vl_moe_config(tokenizer: Any) -> Any:
+    return _qwen3_vl_config(tokenizer, "Qwen3VLMoeConfig", **_EXPERTS)
+
+
+def _qwen3_5_moe_config(tokenizer: Any) -> Any:
+    return _qwen3_5_config(tokenizer, "Qwen3_5MoeConfig", **_EXPERTS, shared_expert_intermediate_size=16)
+
+
+def _glm4v_moe_config(tokenizer: Any) -> Any:
+    experts = {"n_routed_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
+    rope = _mrope_text(partial_rotary_factor=1.0)["rope_parameters"]
+    return _glm4v_config(tokenizer, "Glm4vMoeConfig", **experts, rope_parameters=rope)
+
+
 def _merged_processor(family: str) -> Callable[[Any], Any]:
     """Qwen3-VL has the image processor of Qwen2-VL, with other sizes."""
-    kind = hf.Glm4vImageProcessorPil if family == "glm4v" else hf.Qwen2VLImageProcessorPil
+    kind = hf.Glm4vImageProcessorPil if family.startswith("glm4v") else hf.Qwen2VLImageProcessorPil
 
     def make_processor(tokenizer: Any) -> Any:
         return processor_class(family)(
@@ -576,17 +594,22 @@ HOSTS: dict[str, TinyHost] = {
             ("qwen2_5_vl", _qwen2_5_vl_config),
             ("qwen3_vl", _qwen3_vl_config),
             ("qwen3_5", _qwen3_5_config),
+            ("qwen3_vl_moe", _qwen3_vl_moe_config),
+            ("qwen3_5_moe", _qwen3_5_moe_config),
         )
     },
-    "glm4v": TinyHost(
-        (
-            *("<|image|>", "<|video|>", "<|begin_of_image|>", "<|end_of_image|>"),
-            *("<|begin_of_video|>", "<|end_of_video|>"),
-        ),
-        _typed("<|begin_of_image|><|image|><|end_of_image|>"),
-        _glm4v_config,
-        _merged_processor("glm4v"),
-    ),
+    **{
+        family: TinyHost(
+            (
+                *("<|image|>", "<|video|>", "<|begin_of_image|>", "<|end_of_image|>"),
+                *("<|begin_of_video|>", "<|end_of_video|>"),
+            ),
+            _typed("<|begin_of_image|><|image|><|end_of_image|>"),
+            config,
+            _merged_processor(family),
+        )
+        for family, config in (("glm4v", _glm4v_config), ("glm4v_moe", _glm4v_moe_config))
+    },
     "gemma3": TinyHost(
         ("<start_of_image>", "<end_of_image>", "<image_soft_token>"),
         _typed("<start_of_image>"),
@@ -621,7 +644,9 @@ HOSTS: dict[str, TinyHost] = {
 }
 SIGLIP_LLAVA = TinyHost(("<image>",), IMAGES_FIRST, _siglip_llava_config, _siglip_llava_processor)
 """Another member of a family, whose encoder has no class token."""
-KEEP_SHAPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v", "gemma4", "mistral3")
+MIXTURES = ("qwen3_vl_moe", "qwen3_5_moe", "glm4v_moe")
+"""Families whose LLM is a mixture of experts, and which are like the ones without."""
+KEEP_SHAPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v", "gemma4", "mistral3", *MIXTURES)
 """Families whose images keep their shape."""
 NEEDS = {
     "smolvlm": "num2words",

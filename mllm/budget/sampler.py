@@ -42,6 +42,8 @@ class BudgetSampler:
         seed: what is sampled is a function of (seed, step, number of the budget, medium) alone.
         points: budgets of the mode `points`, every one naming only what the space holds.
         is_gated: nothing is learned at the full budget, so random ones are never that.
+        max_image_tokens: random budgets of the modes `random` and `sandwich` let the host see images so small, each
+            drawing one of these or the host's own default.
 
     Raises:
         ValueError: an unknown mode, or numbers that contradict it.
@@ -53,6 +55,7 @@ class BudgetSampler:
     seed: int = 0
     points: Sequence[Budget] = ()
     is_gated: bool = False
+    max_image_tokens: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
@@ -66,6 +69,17 @@ class BudgetSampler:
             raise ValueError(f"sampler.num_budgets is {self.num_budgets}; mode {self.mode} needs at least {least}")
         if self.mode == "points" and (self.num_budgets or 0) > len(self.points):
             raise ValueError(f"sampler.num_budgets is {self.num_budgets}, but there are {len(self.points)} points")
+        self._check_points()
+
+    def _check_points(self) -> None:
+        """Refuse points, and smaller images, that the space does not hold."""
+        if self.max_image_tokens and self.mode not in ("random", "sandwich"):
+            raise ValueError(f"sampler.max_image_tokens go with mode random or sandwich; mode is {self.mode!r}")
+        for most in self.max_image_tokens:
+            try:
+                self.space.check(Budget.parse(f"image<={most}"))
+            except ValueError as error:
+                raise ValueError(f"sampler.max_image_tokens: {error}") from error
         for point in self.points:
             if missing := point.media - set(self.space.media):
                 raise ValueError(f"sampler.points names {min(missing)}, which the space does not hold")
@@ -91,7 +105,18 @@ class BudgetSampler:
         """List every budget that some step may sample for a row of these media."""
         present = [medium for medium in self.space.media if medium in set(media)]
         budgets = [SampledBudget(point) for point in self.points] or self._product(present)
+        budgets += [SampledBudget(one) for most in self.max_image_tokens for one in self.seen_at(most, present)]
         return list(dict.fromkeys(self._restrict(sampled, present).budget for sampled in budgets))
+
+    def seen_at(self, max_image_tokens: int, media: Iterable[str]) -> list[Budget]:
+        """List every random budget of a row of these media that lets the host see its images so small."""
+        present = [medium for medium in self.space.media if medium in set(media)]
+        if "image" not in present:
+            return []
+        allowed = self._random_amounts(self.space.media["image"])
+        budgets = [sampled.budget for sampled in self._product(present)]
+        kept = [budget for budget in budgets if budget.amounts["image"] in allowed]
+        return [replace(budget, max_image_tokens=max_image_tokens) for budget in kept]
 
     def _product(self, present: Sequence[str]) -> list[SampledBudget]:
         trained = [self.space.media[medium].choices for medium in present]
@@ -125,6 +150,7 @@ class BudgetSampler:
                 for medium, space in self.space.media.items()
             },
             num_frames=random.Random(f"{self.seed}:{step}:{index}:frames").choice(frames) if frames else None,
+            max_image_tokens=random.Random(f"{self.seed}:{step}:{index}:seen").choice((None, *self.max_image_tokens)),
         )
 
     def _random_amounts(self, space: MediumSpace) -> tuple[Amount, ...]:

@@ -27,6 +27,7 @@ from mllm.config.processor import ProcessorConfig
 from mllm.config.reading import read
 from mllm.encoders import EncoderFacts
 from mllm.hosts import build_host, find_family, host_facts, read_host_processor, reading_parts
+from mllm.hosts.resizing import GEMMA4_TOKENS, RESIZING
 from mllm.hosts.tiles import method_settings
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.precision import read_dtype
@@ -50,6 +51,7 @@ class Findings:
         tokens_per_second: of audio.
         budgets: proposed, largest first.
         keeps_shape: images keep their shape, so that budgets are rates.
+        resolutions: numbers N of `image<=N` to try, where the host can see images smaller.
     """
 
     model_type: str
@@ -61,6 +63,7 @@ class Findings:
     tokens_per_second: float | None
     budgets: tuple[str, ...]
     keeps_shape: bool = False
+    resolutions: tuple[int, ...] = ()
 
 
 def examine(reference: str) -> Findings:
@@ -87,6 +90,7 @@ def examine(reference: str) -> Findings:
         keeps_shape=facts.max_patches is not None,
         tokens_per_second=facts.frames_per_second,
         budgets=_proposed(facts),
+        resolutions=_resolutions(config.model_type, facts),
     )
 
 
@@ -94,6 +98,18 @@ def _proposed(facts: EncoderFacts) -> tuple[str, ...]:
     if facts.grid is None:
         return _STREAM_RATES
     return proposed_counts(facts.grid) if facts.max_patches is None else _PATCH_RATES
+
+
+def _resolutions(model_type: str, facts: EncoderFacts) -> tuple[int, ...]:
+    """List two smaller ways of seeing: as much as four tiles and the whole have, and as one."""
+    if model_type not in RESIZING or facts.grid is None:
+        return ()
+    if model_type == "gemma4":
+        return GEMMA4_TOKENS[-2:]
+    if facts.max_patches is not None:
+        return (1024, 256)
+    rows, columns = facts.grid
+    return (5 * rows * columns, rows * columns)
 
 
 def proposed_counts(grid: tuple[int, int]) -> tuple[str, ...]:

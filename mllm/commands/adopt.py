@@ -50,7 +50,6 @@ def run(settings: Settings) -> int:
 
 def _report(reference: str, findings: Any) -> list[str]:
     """Describe the host in lines of text."""
-    shares = cost_shares(reference, findings)
     lines = [f"{reference}: {findings.model_type}, reads {findings.medium}"]
     for name, (kind, size) in (
         ("encoder", findings.encoder),
@@ -70,16 +69,29 @@ def _report(reference: str, findings: Any) -> list[str]:
         lines.append(f"  tokens    {findings.tokens_per_second:g} per second")
         unit = f"{SECONDS:g} seconds"
     lines.append(f"  budgets   {', '.join(findings.budgets)} (proposed)")
-    lines.append(
-        f"  cost      {shares[0]:.0%} of the products of reading {unit} are the encoder's and projector's, which "
-        f"pooling does not save; at {findings.budgets[-1]} the whole costs {shares[1]:.0%}"
-    )
+    lines.append(f"  cost      {_cost_line(reference, findings, unit)}")
     return lines
+
+
+def _cost_line(reference: str, findings: Any, unit: str) -> str:
+    """Say what pooling can save, or why that is not known."""
+    try:
+        shares = cost_shares(reference, findings)
+    except ValueError as error:  # an LLM that the formula does not cover is adopted all the same
+        return f"not counted: {error}"
+    return (
+        f"{shares[0]:.0%} of the products of reading {unit} are the encoder's and projector's, which pooling does not "
+        f"save; at {findings.budgets[-1]} the whole costs {shares[1]:.0%}"
+    )
 
 
 def cost_shares(reference: str, findings: Any) -> tuple[float, float]:
     """Return the part of encoder and projector in reading one tile or clip at the full budget, and the part of that
-    which the smallest budget costs in all."""
+    which the smallest budget costs in all.
+
+    Raises:
+        ValueError: an LLM that the formula does not cover.
+    """
     from mllm.checkpoints.pretrained import host_config
     from mllm.evaluation.flops import Item, host_flops, llm_flops
 
@@ -99,6 +111,8 @@ def config_text(settings: Settings, findings: Any) -> str:
     are_counts = findings.budgets[0].isdigit()
     counts = ", ".join(budget if are_counts else f'"{budget}"' for budget in findings.budgets)
     unit = "soft tokens per tile" if are_counts else "of the host's own tokens per soft token"
+    seen = ", ".join(map(str, findings.resolutions))
+    smaller = f"  # max_image_tokens: [{seen}]  # random ones of images that are seen smaller too: image<=N\n"
     run_folder = settings.run_folder or f"runs/{Path(settings.out).stem}"
     return f"""# Written by `mllm adopt`. `mllm train --help` tells of the keys; the command line overrules this file:
 #   mllm train --config {settings.out} --train.learning_rate 1e-4
@@ -120,7 +134,7 @@ sampler:
   mode: sandwich  # each step: the full budget as teacher, the smallest, and random ones between
   num_budgets: 3
   distill_weight: 1.0  # learn from the host's own answers alone; below 1 from the manifest's answers too
-train:
+{smaller if seen else ""}train:
   out: {yaml_scalar(run_folder)}  # checkpoints, log.jsonl, and at the end the model that `mllm generate --model` reads
   epochs: 1
   learning_rate: 2.0e-4

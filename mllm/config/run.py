@@ -139,6 +139,9 @@ class SamplerConfig:
     """Sets the budgets per step: when left out 1 of `random`, 3 of `sandwich`, all of `points`; `all` has none."""
     points: list[str] = field(default_factory=list)
     """Lists the budgets of the mode `points`, e.g. ["audio=/4,video=/2", "audio=/16,video=/5"]."""
+    max_image_tokens: list[int] = field(default_factory=list)
+    """Lists numbers N of `image<=N`: each random budget of `random` and `sandwich` draws one of them or none, so that a
+    host sees images smaller too."""
     distill_weight: float | None = None
     """Weighs, where there is a teacher, the distance of a budget's answers to the teacher's; the rest of its loss is
     the distance to the labels. 0.5 when left out, 0 switches it off."""

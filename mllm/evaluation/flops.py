@@ -151,7 +151,7 @@ def llm_flops(
         adapter: an adapter that is not merged.
 
     Raises:
-        ValueError: a mixture of experts, or a config without the fields of such a decoder.
+        ValueError: a mixture of experts, linear attention, or a config without the fields of such a decoder.
     """
     body = sum(rows * columns for rows, columns in _linears(text).values()) + _adapter_weights(text, adapter)
     attention = attention_flops(text, num_tokens=num_tokens, past_tokens=past_tokens)
@@ -379,6 +379,8 @@ def _linears(text: Any) -> dict[str, tuple[int, int]]:
     """Lists inputs and outputs of the linear layers of one decoder layer, by the last part of their names."""
     if any(getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
         raise ValueError(f"{text.model_type} is a mixture of experts; the cost formula covers dense decoders")
+    if "linear_attention" in (getattr(text, "layer_types", None) or ()):
+        raise ValueError(f"{text.model_type} has layers of linear attention; the cost formula covers full attention")
     for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers"):
         if not isinstance(getattr(text, key, None), int):
             raise ValueError(f"no cost formula for LLM {text.model_type!r}: its config has no whole number {key}")

@@ -188,32 +188,41 @@ HOSTS: dict[str, HostFamily] = {
         patches=_MERGED,
         has_grid_positions=True,
     ),
-    "qwen3_vl": HostFamily(
-        "Qwen3VLForConditionalGeneration",
-        "Qwen3VLProcessor",
-        encoder="visual",
-        merging=("merger", "deepstack_merger_list"),
-        patches=_MERGED,
-        channels=Levels(),
-        has_grid_positions=True,
-    ),
-    "qwen3_5": HostFamily(
-        "Qwen3_5ForConditionalGeneration",
-        "Qwen3VLProcessor",
-        encoder="visual",
-        merging=("merger",),
-        patches=_MERGED,
-        has_grid_positions=True,
-        reads_whole="its layers of linear attention keep one state of all they have read",
-    ),
-    "glm4v": HostFamily(
-        "Glm4vForConditionalGeneration",
-        "Glm4vProcessor",
-        encoder="visual",
-        merging=("merger",),
-        patches=_MERGED,
-        has_grid_positions=True,
-    ),
+    **{
+        family: HostFamily(
+            f"{name}ForConditionalGeneration",
+            "Qwen3VLProcessor",
+            encoder="visual",
+            merging=("merger", "deepstack_merger_list"),
+            patches=_MERGED,
+            channels=Levels(),
+            has_grid_positions=True,
+        )
+        for family, name in (("qwen3_vl", "Qwen3VL"), ("qwen3_vl_moe", "Qwen3VLMoe"))
+    },
+    **{
+        family: HostFamily(
+            f"{name}ForConditionalGeneration",
+            "Qwen3VLProcessor",
+            encoder="visual",
+            merging=("merger",),
+            patches=_MERGED,
+            has_grid_positions=True,
+            reads_whole="its layers of linear attention keep one state of all they have read",
+        )
+        for family, name in (("qwen3_5", "Qwen3_5"), ("qwen3_5_moe", "Qwen3_5Moe"))
+    },
+    **{
+        family: HostFamily(
+            f"{name}ForConditionalGeneration",
+            "Glm4vProcessor",
+            encoder="visual",
+            merging=("merger",),
+            patches=_MERGED,
+            has_grid_positions=True,
+        )
+        for family, name in (("glm4v", "Glm4v"), ("glm4v_moe", "Glm4vMoe"))
+    },
     "gemma3": HostFamily(
         "Gemma3ForConditionalGeneration",
         "Gemma3Processor",

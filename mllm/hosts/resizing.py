@@ -343,6 +343,7 @@ def _area_keywords(values: Values, setting: int) -> dict[str, Any]:
 _IDEFICS = ResizingKind(idefics_tiles, _idefics_settings, _longest_edge, _edge_keywords)
 _INTERNVL = ResizingKind(internvl_tiles, _max_tiles_settings, _max_tiles, _max_tiles_keywords)
 _QWEN = ResizingKind(qwen_grid, _qwen_settings, _longest_edge, _area_keywords, is_monotone=True)
+_GLM4V = ResizingKind(glm4v_grid, _glm4v_settings, _longest_edge, _area_keywords, is_monotone=True)
 RESIZING: dict[str, ResizingKind] = {
     "idefics3": _IDEFICS,
     "smolvlm": _IDEFICS,
@@ -352,8 +353,11 @@ RESIZING: dict[str, ResizingKind] = {
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
     "qwen3_vl": _QWEN,
+    "qwen3_vl_moe": _QWEN,
     "qwen3_5": _QWEN,
-    "glm4v": ResizingKind(glm4v_grid, _glm4v_settings, _longest_edge, _area_keywords, is_monotone=True),
+    "qwen3_5_moe": _QWEN,
+    "glm4v": _GLM4V,
+    "glm4v_moe": _GLM4V,
     "gemma4": ResizingKind(
         gemma4_grid,
         _gemma4_settings,

@@ -271,6 +271,7 @@ def test_published_numbers_of_llama_1b() -> None:
     ("run", "message"),
     [
         (lambda: llm_flops(MixtralConfig(), num_tokens=1), "mixture of experts"),
+        (lambda: llm_flops(LlamaConfig(num_hidden_layers=1, layer_types=["linear_attention"]), num_tokens=1), "linear"),
         (lambda: llm_flops(WhisperConfig(intermediate_size=None), num_tokens=1), "no cost formula for LLM 'whisper'"),
         (lambda: encoder_flops(LlamaConfig(), Item("image", 1, 1)), "no cost formula for encoder 'llama'; there are"),
         (lambda: kv_bytes_per_token(LlamaConfig(), dtype="int3"), "dtype is 'int3'; allowed: float32"),

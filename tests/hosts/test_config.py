@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import tiny
 import tiny_hosts
+import yaml
 
 from mllm.checkpoints.adoption import examine
 from mllm.checkpoints.build import build
 from mllm.checkpoints.pretrained import host_config, llm_config
+from mllm.commands import adopt
 from mllm.config.model import ModelConfig
 from mllm.config.reading import read
 from mllm.config.run import read_run_config
@@ -198,3 +200,17 @@ def test_the_attention_that_is_chosen_is_that_of_the_llm(tmp_path: Path) -> None
     model, _ = build(read(ModelConfig, values, path="model"))
     assert model.model.language_model.config._attn_implementation == "eager"
     assert model.model.encoder("image").backbone["vision_tower"].config._attn_implementation == "sdpa"
+
+
+@pytest.mark.slow
+def test_a_mixture_of_experts_is_adopted_though_its_cost_is_not_counted(tmp_path: Path) -> None:
+    folder = tiny_hosts.write("qwen3_5_moe", tmp_path / "host")
+    findings = examine(folder)
+    assert adopt._report(folder, findings)[-1] == (
+        "  cost      not counted: qwen3_5_moe_text is a mixture of experts; the cost formula covers dense decoders"
+    )
+    text = adopt.config_text(adopt.Settings(model=folder), findings)
+    line = "  # max_image_tokens: [1024, 256]  # random ones of images that are seen smaller too: image<=N\n"
+    assert line in text
+    config = read_run_config(yaml.safe_load(text.replace(line, line.replace("# ", "", 1))))
+    assert config.sampler.max_image_tokens == [1024, 256]

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from mllm.budget import Budget, count_tokens
+from mllm.budget.sampler import BudgetSampler
 from mllm.budget.tiling import Size
 from mllm.checkpoints import adoption
 from mllm.data.manifest import Media, Message, Sample, Text
@@ -20,6 +21,7 @@ from mllm.hosts import HostProcessor
 from mllm.hosts.resizing import RESIZING, HostResizing, resizing_of
 from mllm.inference.answerer import Answerer, Decoding
 from mllm.processing.processor import ElasticProcessor
+from mllm.training.pipeline.dataset import extreme_budgets
 
 FAST = ("idefics3", "internvl", "qwen3_vl")
 FAMILIES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in RESIZING]
@@ -199,6 +201,23 @@ def test_a_cap_in_flops_keeps_what_is_seen(adopted: Any) -> None:
     capped = answerer(image=raw, text="what is this?", budget="flops<=1e15,image<=9")
     assert capped == answerer(image=raw, text="what is this?", budget="image=9,image<=9")
     assert capped.tokens == {"image": 9}
+
+
+def test_random_budgets_let_a_host_see_images_smaller(adopted: Any) -> None:
+    _, processor, _ = adopted("idefics3")
+    sampler = BudgetSampler(processor.space, "sandwich", num_budgets=3, is_gated=True, max_image_tokens=(9,))
+    steps = [[str(one.budget) for one in sampler(step)] for step in range(60)]
+    assert {budgets[0] for budgets in steps} == {"image=9"}
+    between = {"image=4", "image=1", "image=4,image<=9", "image=1,image<=9"}
+    assert {budget for budgets in steps for budget in budgets[1:]} == between
+    assert set(map(str, sampler.possible(["image"]))) == between | {"image=9"}
+    loaded_at = ["image=9", "image=4,image<=9", "image=1,image<=9", "image=1"]
+    assert [str(one) for one in extreme_budgets(sampler)] == loaded_at
+    assert sampler.seen_at(9, ["audio"]) == []
+    with pytest.raises(ValueError, match=r"^sampler\.max_image_tokens go with mode random or sandwich; mode is 'all'$"):
+        BudgetSampler(processor.space, "all", max_image_tokens=(9,))
+    with pytest.raises(ValueError, match=r"^sampler\.max_image_tokens: image<=9: this model sees no image smaller"):
+        BudgetSampler(adopted("llava")[1].space, "random", max_image_tokens=(9,))
 
 
 def test_a_host_that_sees_no_image_smaller_refuses(tmp_path: Path) -> None:

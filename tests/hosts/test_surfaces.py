@@ -168,6 +168,10 @@ def test_training_at_points_sees_images_smaller(run: Path, tmp_path: Path) -> No
     with torch.no_grad():
         expected = original(**host_inputs(processor, raw, torch.float32, images_kwargs=smaller)).logits
         assert torch.equal(model(**tiny_hosts.inputs(processor, [raw], "image<=9")).logits, expected)
+    sandwich = {"mode": "sandwich", "distill_weight": 1.0, "max_image_tokens": [9]}
+    mllm.train({**config, "sampler": sandwich, "train": {**config["train"], "out": str(tmp_path / "sandwich")}})
+    rows = [json.loads(line) for line in (tmp_path / "sandwich" / "log.jsonl").read_text().splitlines()]
+    assert len([row for row in rows if "loss" in row]) == 3
     config["sampler"]["points"] = ["image=4", "tiles<=2"]
     with pytest.raises(ValueError, match=r"^sampler\.points: tiles<=2: this model does not cut images into tiles$"):
         mllm.train({**config, "train": {**config["train"], "out": str(tmp_path / "other")}})

@@ -121,14 +121,16 @@ def build_sampler(config: RunConfig, space: Space) -> BudgetSampler:
         seed=config.train.seed,
         points=tuple(sampler.budgets),
         is_gated=isinstance(config.model.adapter, GatedLoraConfig),
+        max_image_tokens=tuple(sampler.max_image_tokens),
     )
 
 
 def extreme_budgets(sampler: BudgetSampler) -> list[Budget]:
-    """List budgets that a sample must meet so that it meets whatever is sampled."""
+    """List budgets that a sample must meet, and its media be loaded at, so that it meets whatever is sampled."""
     largest, smallest = sampler.space.largest(), sampler.space.smallest()
     between = [replace(largest, num_frames=count) for count in sampler.space.frame_counts[1:-1]]
-    return list(sampler.points) or [largest, *between, smallest]
+    seen = [budget for most in sampler.max_image_tokens for budget in sampler.seen_at(most, sampler.space.media)]
+    return list(sampler.points) or [largest, *between, *seen, smallest]
 
 
 def check_files(samples: Sequence[Sample], name: str, max_bad_fraction: float, *, is_shown: bool = False) -> None:
