@@ -32,6 +32,8 @@ def run(settings: Settings) -> int:
         console().print(table(replace(results, rows=others)))
     _show_speech(results)
     _show_benchmarks(settings, results)
+    for media, text in results.routing.items():
+        console().print(f"auto about {media}, beside fixed budgets: {text}", soft_wrap=True)
     for note in cut_notes(results.rows, settings.max_new_tokens):
         console().print(note, soft_wrap=True)
     console().print(f"written to {settings.output_folder}")

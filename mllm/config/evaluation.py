@@ -13,7 +13,7 @@ from mllm.config.model_options import ModelOptions
 
 EVALUATION = "evaluation"
 """The folder of results inside a model's folder; those with a name lie in folders inside it."""
-TAKEN_NAMES = ("answers", "submissions")
+TAKEN_NAMES = ("answers", "submissions", "routing")
 """Folders of results themselves."""
 
 

@@ -37,6 +37,8 @@ class Results:
     rows: list[dict[str, Any]]
     failures: list[dict[str, Any]]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    routing: Mapping[str, str] = field(default_factory=dict)
+    """By media that were answered at `auto`, the table that sets them beside fixed budgets, or what it needs."""
 
     def write(self, folder: Path) -> None:
         """Writes `results.json` and `results.csv`, each whole or not at all."""

@@ -42,6 +42,14 @@ class ModelCosts:
         """
         return Costs(self, row, budget, counts)
 
+    def milliseconds_of(self, budgets: Sequence[Budget]) -> list[float] | None:
+        """Return the measured milliseconds of several budgets; None unless all were measured."""
+        if self.folder is None or not (self.folder / BENCH).is_file():
+            return None
+        known = self.milliseconds
+        texts = [str(budget) for budget in budgets]
+        return [known[text] for text in texts] if set(texts) <= known.keys() else None
+
     @cached_property
     def milliseconds(self) -> Mapping[str, float]:
         """The median milliseconds of each measured budget before its first new token.

@@ -23,6 +23,7 @@ from mllm.data.readers import read_data
 from mllm.evaluation.answer_store import FINGERPRINT, HYPOTHESES, Line
 from mllm.evaluation.answer_table import tables_of
 from mllm.evaluation.noise import EvaluationNoise, noise_of_answers
+from mllm.evaluation.request_costs import ModelCosts
 from mllm.inference.decoding import Decoding
 from mllm.inference.growth import grows
 from mllm.media import MediaLoader, resolve_media
@@ -133,7 +134,7 @@ def described_tables(
     tables = {}
     for media, table in tables_of(answers.lines, answers.samples).items():
         _check_trained(table, processor.space)
-        described = with_features(table, answers, model, processor, progress=progress)
+        described = with_features(table, answers, model, processor, folder=settings.model_folder, progress=progress)
         tables[media] = described, media == ("image",) and grows(model, processor, Decoding())
     return tables
 
@@ -144,15 +145,19 @@ def with_features(
     model: Any,
     processor: ElasticProcessor,
     *,
+    folder: Path | None = None,
     progress: Progress = lambda done, total: None,
 ) -> AnswerTable:
     """Return a table with the features of its questions; media are decoded for their sizes, and not encoded.
+
+    Where `mllm bench` measured all of its budgets, it also has their milliseconds, of the encoder and the prompt.
 
     Its media keys are digests of the files' bytes: the same image under another path is the same image, when it is told
     whether a router has seen it.
 
     Args:
         answers: that the table was made of.
+        folder: of the model.
 
     Raises:
         MediaError: a file that cannot be read any more.
@@ -172,8 +177,10 @@ def with_features(
         row = processor.batch([sample], [media], for_training=False, with_values=False).rows[0]
         rows.append(features_of(model, row, placeholders))
         progress(number + 1, len(table))
+    milliseconds = ModelCosts(model, processor, folder).milliseconds_of(table.budgets)
     return replace(
         table,
+        milliseconds=None if milliseconds is None else np.tile(milliseconds, (len(table), 1)),
         media_keys=tuple(contents[samples[key].media_key] for key in table.sample_keys),
         features={name: np.stack([row[name] for row in rows]) for name in rows[0]},
     )

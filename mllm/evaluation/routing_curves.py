@@ -84,14 +84,23 @@ def hull_of(costs: Array, utilities: Array) -> list[int]:
 
     These are the policies worth mixing: every other one costs more than a mixture of two of these that is as good.
     """
+    hull = hull_to_dearest(costs, utilities)
+    best = int(np.argmax(utilities[hull]))  # the cheapest of equals
+    return hull[: best + 1]
+
+
+def hull_to_dearest(costs: Array, utilities: Array) -> list[int]:
+    """List the points (G) on the upper concave hull, from the cheapest to the dearest, which may be worse than others.
+
+    Behind the best point on some data the hull falls to the dearest point. Elsewhere that stretch may rise: a policy
+    that costs a little more than the best one here is the next to take where the best one there is another.
+    """
     hull: list[int] = []
     for point in np.lexsort((-utilities, costs)).tolist():
-        if hull and utilities[point] <= utilities[hull[-1]]:
+        if hull and costs[point] == costs[hull[-1]]:
             continue
         while len(hull) >= 2 and _is_below(costs, utilities, hull[-2], hull[-1], point):
             hull.pop()
-        if hull and costs[point] == costs[hull[-1]]:
-            continue
         hull.append(point)
     return hull
 

@@ -30,6 +30,7 @@ from mllm.evaluation.routing_curves import (
     bootstrap_weights,
     gap_closed,
     hull_of,
+    hull_to_dearest,
     interval_of,
 )
 from mllm.evaluation.routing_families import (
@@ -49,6 +50,7 @@ from mllm.utils.markdown import markdown_table
 QUESTION_BLOCK = "question"
 """The block of features that a question-only router looks at, and that the control shuffles."""
 MIXED, ROUTER, ORACLE = "fixed budgets, mixed at random", "router, growing by expected gain", "oracle"
+BEST_CONSTANT = "best constant per kind, chosen on the test"
 NO_GROWING = "no growing"
 CONTROL = f"shuffled questions only, {NO_GROWING} (control)"
 """What it chooses depends on nothing about the question; growing would still see how confident answers are."""
@@ -93,16 +95,28 @@ class Sides:
 
 @dataclass(frozen=True)
 class Family:
-    """Holds what the policies of one family do; without `calibration` their hull is chosen on the test."""
+    """Holds what the policies of one family do.
+
+    Args:
+        test: what each policy does with the test.
+        calibration: the same of the calibration, which then says which of them are in use.
+        used: their numbers where that was settled before. Without either, their hull is chosen on the test.
+    """
 
     name: str
     test: Sequence[Reads]
     calibration: Sequence[Reads] | None = None
+    used: Sequence[int] | None = None
+
+    @property
+    def is_chosen_on_test(self) -> bool:
+        """Tell whether the test itself says which policies are worth mixing."""
+        return self.calibration is None and self.used is None
 
     def take(self, calibration_rows: NDArray[np.intp], test_rows: NDArray[np.intp]) -> "Family":
         """Return the same of some questions."""
         calibration = None if self.calibration is None else [one.take(calibration_rows) for one in self.calibration]
-        return Family(self.name, [one.take(test_rows) for one in self.test], calibration)
+        return Family(self.name, [one.take(test_rows) for one in self.test], calibration, self.used)
 
 
 @dataclass(frozen=True)
@@ -250,12 +264,12 @@ def families_of(sides: Sides, setup: Setup, *, second: AnswerTable | None = None
     ]
     for name, (of_calibration, of_test) in sides.predictions.items():
         policies = [Policy(price, max_growths=0) if NO_GROWING in name else Policy(price) for price in prices]
-        tables = ((test, of_test), (calibration, of_calibration))
-        reads = [
-            router_reads(table, predictions, policies, unit, is_nested=setup.is_nested) for table, predictions in tables
-        ]
-        families.append(Family(name, *reads))
-    families.append(Family("best constant per kind, chosen on the test", kind_reads(test, test, prices, unit)))
+        judged, known = (
+            router_reads(table, predictions, policies, unit, is_nested=setup.is_nested)
+            for table, predictions in ((test, of_test), (calibration, of_calibration))
+        )
+        families.append(Family(name, judged, known))
+    families.append(Family(BEST_CONSTANT, kind_reads(test, test, prices, unit)))
     if second is not None:
         chosen = oracle_reads(test, prices, unit, known=second.utility)
         families.append(Family("oracle that chooses by independent answers", chosen))
@@ -279,7 +293,7 @@ def judge(families: Sequence[Family], sides: Sides, setup: Setup) -> list[Row]:
         costs, utilities = _points(points, test, setup)
         mean_costs, mean_utilities = UnitSums.of(costs, utilities, units).means(weights)
         curves[family.name] = [
-            _curve(*of_draw, takes_hull=family.calibration is None)
+            _curve(*of_draw, takes_hull=family.is_chosen_on_test)
             for of_draw in zip(mean_costs, mean_utilities, strict=True)
         ]
     fixed_costs, fixed_utilities = UnitSums.of(test.cost(setup.unit).T, test.utility.T, units).means(weights)
@@ -294,11 +308,25 @@ def _points_in_use(family: Family, sides: Sides, setup: Setup) -> list[Reads]:
 
     Where the test itself decides, all are kept.
     """
-    if family.calibration is None:
+    if family.is_chosen_on_test:
         return list(family.test)
-    costs, utilities = _points(family.calibration, sides.calibration, setup)
-    used = hull_of(costs.mean(axis=1), utilities.mean(axis=1))
+    used = family.used
+    if used is None:
+        assert family.calibration is not None
+        costs, utilities = _points([*family.calibration, fixed_reads(sides.calibration)[-1]], sides.calibration, setup)
+        used = points_in_use(costs.mean(axis=1), utilities.mean(axis=1))
     return [*(family.test[point] for point in used), fixed_reads(sides.test)[-1]]
+
+
+def points_in_use(costs: Array, utilities: Array) -> list[int]:
+    """List the policies worth mixing on the way to the largest budget, which is the last of the points (G + 1).
+
+    Not only up to the best of them: that is the best by luck, and a bootstrap sample or other data on which it falls a
+    little short of the largest budget would find none of the policies between the two.
+    """
+    cheaper = [*np.flatnonzero(costs[:-1] < costs[-1]).tolist(), len(costs) - 1]
+    hull = hull_to_dearest(costs[cheaper], utilities[cheaper])
+    return [cheaper[point] for point in hull if cheaper[point] < len(costs) - 1]
 
 
 def _points(reads: Sequence[Reads], table: AnswerTable, setup: Setup) -> tuple[Array, Array]:

@@ -22,19 +22,25 @@ from mllm.evaluation.benchmarks import report_of, write_submissions
 from mllm.evaluation.comparison import comparison_of, short_name
 from mllm.evaluation.fingerprint import fingerprint_of
 from mllm.evaluation.flops import cost_problem
-from mllm.evaluation.noise import read_noise
+from mllm.evaluation.noise import EvaluationNoise, read_noise
 from mllm.evaluation.plot import PLOT, plot_pareto
 from mllm.evaluation.report import Results, summarise
 from mllm.evaluation.request_costs import ModelCosts
+from mllm.evaluation.routing_of_evaluation import compare_evaluated
+from mllm.evaluation.routing_plot import PLOT as ROUTING_PLOT
+from mllm.evaluation.routing_plot import plot_rows
 from mllm.evaluation.scorers.registry import BENCHMARKS
 from mllm.evaluation.sweep import Sweep
 from mllm.evaluation.work_list import Work, plan
 from mllm.inference.answerer import Answerer
+from mllm.media import Audio
 from mllm.router.router import router_for
 from mllm.utils.files import digest_of_file, write_text_whole
 from mllm.utils.run_paths import RUN_CONFIG, run_of
 
 logger = logging.getLogger(__name__)
+ROUTING = "routing"
+"""The folder of the comparison of `auto` with fixed budgets."""
 Progress = Callable[[int, int], None]
 """Called with how many answers of this rank are done, and how many there are."""
 
@@ -43,7 +49,8 @@ def evaluate(settings: EvaluationConfig, *, progress: Progress | None = None) ->
     """Evaluates a model and writes `hypotheses.jsonl`, `results.json`, `results.csv` and `pareto.png`.
 
     Where speech was evaluated, `speech.md`, `speech.json` and `speech.png` lay it out as its papers do; where vision
-    benchmarks were, `benchmarks.md`, `benchmarks.json` and `benchmarks.png` do, and `submissions` is for servers.
+    benchmarks were, `benchmarks.md`, `benchmarks.json` and `benchmarks.png` do, and `submissions` is for servers. Where
+    `auto` was and the fixed budgets of its router too, `routing` compares them (see `routing_of_evaluation.py`).
     Start it with a launcher to share the work among processes; what has been answered before is not answered again.
 
     Returns:
@@ -91,7 +98,34 @@ def evaluate(settings: EvaluationConfig, *, progress: Progress | None = None) ->
     state.wait_for_everyone()
     if not state.is_main_process:
         return None
-    return conclude(work, store, seed=settings.seed, facts=_facts(settings, answerer.model.config), all_ids=all_ids)
+    facts = _facts(settings, answerer.model.config)
+    results = conclude(work, store, seed=settings.seed, facts=facts, all_ids=all_ids)
+    if all(budget.auto is None for budget in settings.parsed_budgets):
+        return results
+    return replace(results, routing=_write_routing(settings, answerer, work, store, noise))
+
+
+def _write_routing(
+    settings: EvaluationConfig, answerer: Answerer, work: Sequence[Work], store: AnswerStore, noise: Audio | None
+) -> dict[str, str]:
+    """Writes the comparison of `auto` with fixed budgets, a folder per set of media.
+
+    Returns:
+        The table by media, or what has to be evaluated for one.
+    """
+    samples = {(item.set_name, item.sample.id): item.sample for item in work}
+    heard = None if noise is None else EvaluationNoise(noise, settings.seed)
+    lines, folder = gather(work, store), settings.model_folder
+    texts = {}
+    for media, report in compare_evaluated(answerer, lines, samples, heard, folder=folder, seed=settings.seed).items():
+        if isinstance(report, str):
+            texts[" and ".join(media)] = report
+            continue
+        out = store.folder / ROUTING / "_".join(media)
+        report.write(out)
+        plot_rows(report.rows, out / ROUTING_PLOT)
+        texts[" and ".join(media)] = report.to_markdown()
+    return texts
 
 
 def _answerer(settings: EvaluationConfig, device: Any) -> Answerer:

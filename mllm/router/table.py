@@ -89,6 +89,20 @@ class AnswerTable:
                 chosen[name] = values[index] if isinstance(values, np.ndarray) else tuple(values[i] for i in index)
         return replace(self, **chosen, features={name: block[index] for name, block in self.features.items()})
 
+    def at(self, budgets: Sequence[Budget]) -> "AnswerTable":
+        """Return the table with the same budgets in another order.
+
+        Raises:
+            ValueError: other budgets.
+        """
+        if set(budgets) != set(self.budgets):
+            held = "; ".join(map(str, self.budgets))
+            raise ValueError(f"the answers are at {held}, and not at {'; '.join(map(str, budgets))}")
+        columns = [self.budgets.index(budget) for budget in budgets]
+        arrays = {name: getattr(self, name) for name in ("utility", "tokens", "confidence", "flops", "milliseconds")}
+        moved = {name: values[:, columns] for name, values in arrays.items() if values is not None}
+        return replace(self, budgets=tuple(budgets), **moved)
+
     def media_digests(self) -> list[str]:
         """Digest each media key, once, so that a file can say which media were used without naming them."""
         return [hashlib.sha256(key.encode()).hexdigest()[:16] for key in dict.fromkeys(self.media_keys)]

@@ -36,6 +36,7 @@ from mllm.evaluation.routing_report import (
     Setup,
     Sides,
     judge,
+    points_in_use,
     predict_sides,
     report_of,
 )
@@ -76,6 +77,23 @@ def test_a_hull_is_what_the_best_mixture_of_two_policies_gives_and_above_every_p
             ]
             best = max([*mixtures, *utilities[costs <= cost]])
             assert curve.utility_at(cost) == pytest.approx(best)
+
+
+def test_policies_between_the_best_one_and_the_largest_budget_stay_in_use() -> None:
+    # The fourth policy looked best on the calibration; the fifth is the one to take where that was luck.
+    costs, utilities = (
+        np.array([1.0, 4.0, 6.0, 10.0, 20.0, 80.0, 64.0]),
+        np.array([0.5, 0.8, 0.7, 0.96, 0.95, 0.99, 0.9]),
+    )
+    assert points_in_use(costs, utilities) == [0, 1, 3, 4]
+    assert hull_of(costs[:-2], utilities[:-2]) == [0, 1, 3]
+    assert points_in_use(np.array([64.0, 64.0]), np.array([0.5, 0.9])) == []
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        costs, utilities = np.append(rng.random(9), 1.0), rng.random(10)
+        used = points_in_use(costs, utilities)
+        best = hull_of(costs, utilities)
+        assert [point for point in best if point < 9] == used[: len([point for point in best if point < 9])]
 
 
 def test_a_cost_read_off_a_curve_gives_the_utility_back() -> None:
