@@ -6,14 +6,19 @@ The safetensors library writes to a temporary file first, which only its owner m
 on a shared disk would then be of use to nobody else.
 """
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mllm.checkpoints.sources import WEIGHTS, WEIGHTS_INDEX
 from mllm.utils.files import writing
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+SHARD_BYTES = 512 * 2**20
+"""Of the files that a large model is written in; while one is written its tensors are in memory twice."""
 
 
 def write_tensors(tensors: Mapping[str, "Tensor"], path: str | Path, *, metadata: dict[str, str] | None = None) -> None:
@@ -32,6 +37,37 @@ def write_tensors(tensors: Mapping[str, "Tensor"], path: str | Path, *, metadata
 def num_bytes_of(tensors: "Iterable[Tensor]") -> int:
     """Count the bytes of the values of tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def write_shards(
+    sizes: Mapping[str, int], read: "Callable[[str], Tensor]", folder: Path, *, most_bytes: int | None = None
+) -> None:
+    """Write tensors as hubs hold a model, in one file or in several and an index, and hold one file's in memory.
+
+    Args:
+        sizes: bytes by name.
+        read: gives a tensor of that name.
+        most_bytes: of a file, unless a tensor alone is larger; `SHARD_BYTES` when left out.
+
+    Raises:
+        WriteError: as `write_tensors`.
+    """
+    most_bytes = most_bytes or SHARD_BYTES
+    shards: list[list[str]] = [[]]
+    for name, num_bytes in sizes.items():
+        if shards[-1] and sum(sizes[held] for held in shards[-1]) + num_bytes > most_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    if len(shards) == 1:
+        write_tensors({name: read(name) for name in sizes}, folder / WEIGHTS, metadata={"format": "pt"})
+        return
+    holders = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors({name: read(name) for name in names}, folder / file, metadata={"format": "pt"})
+        holders |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": holders}
+    (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
 def write_model(model: Any, folder: str | Path, **options: Any) -> None:

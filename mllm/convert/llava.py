@@ -9,7 +9,6 @@ its source, as after a training of ours. Knows options and the parts of a checkp
 anything is written. Does not know how the entries are named; that is `llava_layout.py`.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from mllm.checkpoints.build import build_config, processor_of
 from mllm.checkpoints.load import save_run
 from mllm.checkpoints.pretrained import encoder_config, llm_config, read_tokenizer, unsharded
 from mllm.checkpoints.sources import inside_run, resolve_source
-from mllm.checkpoints.tensor_files import write_tensors
+from mllm.checkpoints.tensor_files import write_shards
 from mllm.config.medium import (
     ImageConfig,
     ImageEncoderConfig,
@@ -35,7 +34,7 @@ from mllm.config.medium import (
 from mllm.config.model import ModelConfig
 from mllm.convert.llava_layout import EMBEDDINGS, Split, read_projector, read_queries, split_state
 from mllm.convert.llava_options import LLM, SCALES_KEY, SYSTEMS, Options, ReleasedConfig, System
-from mllm.convert.state_files import WHOLE_MODELS, check_layout, read_json, read_weights
+from mllm.convert.state_files import WHOLE_MODELS, StoredWeight, check_layout, find_weights, read_json
 from mllm.encoders import backbone_class, encoder_facts
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.trainables import set_trainables
@@ -51,7 +50,8 @@ class Parts:
     """Holds everything a run folder is made of.
 
     Args:
-        weights: of the frozen parts that are in the checkpoint, by part and by the names transformers gives them.
+        weights: of the frozen parts that are in the checkpoint, by part and by the names transformers gives them; they
+            stay in its files until they are written.
         configs: of both parts. sources: where each comes from if it is not in the checkpoint.
         tokenizer: the LLM's.
         image: how images become soft tokens.
@@ -59,7 +59,7 @@ class Parts:
         facts: what was found, in words.
     """
 
-    weights: dict[str, dict[str, Tensor]]
+    weights: dict[str, dict[str, StoredWeight]]
     configs: dict[str, PreTrainedConfig]
     sources: dict[str, str]
     tokenizer: Any
@@ -83,7 +83,7 @@ def convert(path: str | Path, out: str | Path, *, system: str, options: Options)
     """
     path = Path(path)
     with new_folder(out) as folder:
-        split = split_state(read_weights(path, (*WHOLE_MODELS, *FIRST_STAGES)))
+        split = split_state(find_weights(path, (*WHOLE_MODELS, *FIRST_STAGES)))
         parts = read_parts(split, path if path.is_dir() else None, SYSTEMS[system], options)
         write_parts(parts, folder)
         write_run(parts, folder)
@@ -168,7 +168,7 @@ def _llm(split: Split, folder: Path | None, released: ReleasedConfig, options: O
     if beside is not None and any((beside / name).is_file() for name in _TOKENIZERS):
         source = str(beside)
     tokenizer = read_tokenizer(source, config=text)
-    rows = len(split.llm[EMBEDDINGS]) if EMBEDDINGS in split.llm else text.vocab_size
+    rows = split.llm[EMBEDDINGS].shape[0] if EMBEDDINGS in split.llm else text.vocab_size
     if len(tokenizer) > rows:
         raise ValueError(
             f"the tokenizer of {source} holds {len(tokenizer)} tokens, but the LLM embeds {rows}; "
@@ -184,21 +184,21 @@ def _text_config(released: ReleasedConfig) -> LlamaConfig:
     return LlamaConfig(**values)
 
 
-def _llm_weights(state: Mapping[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
+def _llm_weights(state: dict[str, StoredWeight], config: PreTrainedConfig) -> dict[str, StoredWeight]:
     with torch.device("meta"):
         expected = AutoModelForCausalLM.from_config(config, trust_remote_code=False).state_dict()
     check_layout(state, {name: tuple(value.shape) for name, value in expected.items()})
-    return {name: value.contiguous() for name, value in state.items()}
+    return state
 
 
-def _vision_weights(state: Mapping[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
+def _vision_weights(state: dict[str, StoredWeight], config: PreTrainedConfig) -> dict[str, StoredWeight]:
     with torch.device("meta"):
         expected = backbone_class(config)._from_config(config).state_dict()
     try:
         check_layout(state, {name: tuple(value.shape) for name, value in expected.items()})
     except ValueError as error:
         raise ValueError(f"vision_tower (option vision): {error}") from error
-    return {name: value.contiguous() for name, value in state.items()}
+    return state
 
 
 def _connector(
@@ -255,7 +255,8 @@ def write_parts(parts: Parts, folder: Path) -> None:
         part_folder = folder / part
         part_folder.mkdir(parents=True)
         parts.configs[part].save_pretrained(part_folder)
-        write_tensors(weights, part_folder / "model.safetensors", metadata={"format": "pt"})
+        sizes = {name: weight.num_bytes for name, weight in weights.items()}
+        write_shards(sizes, lambda name, of=weights: of[name].read().contiguous(), part_folder)
     if "llm" in parts.weights:
         parts.tokenizer.save_pretrained(folder / "llm")
     if "image" in parts.weights:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from mllm.convert.state_files import StoredWeight
+
 ENCODER_PREFIX = "model.vision_tower.vision_tower.vision_model."
 QUERIES = "model.query_abstractor."
 PROJECTOR = "model.mm_projector."
@@ -22,10 +24,13 @@ _OURS = "model.compressors.image."
 
 @dataclass(frozen=True)
 class Split:
-    """Holds the entries of a checkpoint by what they belong to: the encoder's without prefix, else as released."""
+    """Holds the entries of a checkpoint by what they belong to: the encoder's without prefix, else as released.
 
-    llm: dict[str, Tensor] = field(default_factory=dict)
-    vision: dict[str, Tensor] = field(default_factory=dict)
+    Those of LLM and encoder are still in their files.
+    """
+
+    llm: dict[str, StoredWeight] = field(default_factory=dict)
+    vision: dict[str, StoredWeight] = field(default_factory=dict)
     queries: dict[str, Tensor] = field(default_factory=dict)
     projector: dict[str, Tensor] = field(default_factory=dict)
 
@@ -35,11 +40,11 @@ class Split:
         return "query" if self.queries else "pool"
 
 
-def split_state(state: Mapping[str, Tensor]) -> Split:
+def split_state(state: Mapping[str, StoredWeight]) -> Split:
     """Sort the entries of a checkpoint.
 
     Raises:
-        ValueError: an entry of none of the parts, or not exactly one kind of connector.
+        ValueError: an entry of none of the parts, not exactly one kind of connector, or a damaged one.
     """
     split, unknown = Split(), []
     for name, value in state.items():
@@ -48,9 +53,9 @@ def split_state(state: Mapping[str, Tensor]) -> Split:
         if name.startswith(ENCODER_PREFIX):
             split.vision[name.removeprefix(ENCODER_PREFIX)] = value
         elif name.startswith(QUERIES):
-            split.queries[name] = value
+            split.queries[name] = value.read()
         elif name.startswith(PROJECTOR):
-            split.projector[name] = value
+            split.projector[name] = value.read()
         elif name.startswith(_LLM):
             split.llm[name] = value
         else:

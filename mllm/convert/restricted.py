@@ -115,6 +115,11 @@ class StoredTensor:
     stride: tuple[int, ...]
     extents: Mapping[str, Extent]
 
+    @property
+    def num_bytes(self) -> int:
+        """Count the bytes of its numbers."""
+        return math.prod(self.shape) * self.storage.dtype.itemsize
+
     def check(self) -> None:
         """Look whether its storage holds the tensor.
 
@@ -161,15 +166,24 @@ def read_tensors(tensors: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
     """Read tensors of one file.
 
     Raises:
-        ValueError: one that `StoredTensor.read` refuses, or together they are many times as large as the file, which
+        ValueError: as `check_tensors`, or one that `StoredTensor.read` refuses.
+    """
+    check_tensors(tensors)
+    return {name: tensor.read() for name, tensor in tensors.items()}
+
+
+def check_tensors(tensors: Mapping[str, StoredTensor]) -> None:
+    """Look whether the storages of one file hold its tensors.
+
+    Raises:
+        ValueError: one that `StoredTensor.check` refuses, or together they are many times as large as the file, which
             storages that several share can be.
     """
     for tensor in tensors.values():
         tensor.check()
-    total = sum(math.prod(tensor.shape) * tensor.storage.dtype.itemsize for tensor in tensors.values())
+    total = sum(tensor.num_bytes for tensor in tensors.values())
     if tensors and total > MAX_SHARING * (path := next(iter(tensors.values())).storage.path).stat().st_size:
         raise ValueError(f"{path}: its tensors share their numbers, and would be {total} bytes")
-    return {name: tensor.read() for name, tensor in tensors.items()}
 
 
 def read_checkpoint(path: str | Path) -> Any:

@@ -1,56 +1,90 @@
 """Reads the tensors of a released checkpoint by name, from the kinds of files that systems are released in.
 
 Knows files. Does not know what the names mean. Nothing in a file is run.
+
+What is as large as an LLM stays in its files (`StoredWeight`) until it is read, one tensor after the other.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mllm.convert.restricted import Inert, StoredTensor, read_checkpoint, read_tensors
+from mllm.convert.restricted import Inert, StoredTensor, check_tensors, read_checkpoint
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 LIGHTNING_PREFIX = "model."
 """Lightning puts this before the names of the module it trains."""
 INDEX_SUFFIX = ".index.json"
+_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+_BYTES |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
 WHOLE_MODELS = ("model.safetensors", "pytorch_model.bin")
 """The names that hubs give the weights of a model; with the suffix of an index where they lie in several files."""
 
 
-def read_weights(path: str | Path, names: Sequence[str] = WHOLE_MODELS) -> dict[str, Tensor]:
-    """Read the tensors of a file, or of a folder as hubs keep them: one file, or several and an index of what is where.
+@dataclass(frozen=True)
+class StoredWeight:
+    """A tensor that is still in its file.
+
+    Args:
+        shape: of the tensor.
+        num_bytes: of its numbers.
+        load: reads it, into memory of its own.
+    """
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    num_bytes: int
+    load: Callable[[], Tensor]
+
+    def read(self) -> Tensor:
+        """Read the tensor.
+
+        Raises:
+            ValueError: a damaged file, or one that holds what is no number; the tensor is named.
+        """
+        tensor = self.load()
+        check_numbers(self.path, self.name, tensor)
+        return tensor
+
+
+def find_weights(path: str | Path, names: Sequence[str] = WHOLE_MODELS) -> dict[str, StoredWeight]:
+    """Find the tensors of a file, or of a folder as hubs keep them: one file, or several and an index of what is where.
 
     Args:
         names: of files looked for in a folder, the first found wins.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: a folder without weights, an index that contradicts its files, or what `read_state` refuses.
+        ValueError: a folder without weights, an index that contradicts its files, or what `find_state` refuses.
     """
     path = Path(path)
     if not path.is_dir():
-        return read_state(path)
+        return find_state(path)
     for name in names:
         if (index := path / f"{name}{INDEX_SUFFIX}").is_file():
-            return _read_indexed(index)
+            return _find_indexed(index)
         if (path / name).is_file():
-            return read_state(path / name)
+            return find_state(path / name)
     raise ValueError(f"{path} holds no weights; looked for {', '.join(names)} and {names[0]}{INDEX_SUFFIX}")
 
 
-def _read_indexed(index: Path) -> dict[str, Tensor]:
+def _find_indexed(index: Path) -> dict[str, StoredWeight]:
     files = read_json(index).get("weight_map")
     if not isinstance(files, Mapping) or not all(isinstance(file, str) for file in files.values()):
         raise ValueError(f"{index} holds no weight_map of names and files")
-    state: dict[str, Tensor] = {}
+    state: dict[str, StoredWeight] = {}
     for file in sorted(set(files.values())):
         if Path(file).name != file:
             raise ValueError(f"{index} names {file!r}, which is no file beside it")
-        tensors = read_state(index.parent / file)
+        tensors = find_state(index.parent / file)
         if wrong := sorted(tensors.keys() ^ {name for name, holder in files.items() if holder == file}):
             raise ValueError(f"{index.name} and {file} disagree about {wrong[0]} ({len(wrong)} in all)")
         state |= tensors
@@ -76,6 +110,15 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     """Read the state dict in a file: one that was saved as such, or the `state_dict` of a Lightning checkpoint.
 
     Raises:
+        FileNotFoundError, ValueError: as `find_state` and `StoredWeight.read`.
+    """
+    return {name: weight.read() for name, weight in find_state(path).items()}
+
+
+def find_state(path: str | Path) -> dict[str, StoredWeight]:
+    """Find what `read_state` reads, without the numbers.
+
+    Raises:
         FileNotFoundError: there is no such file.
         ValueError: a file of another kind, or an entry that is no tensor; it is named.
     """
@@ -85,7 +128,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path.name} ends in {path.suffix or 'nothing'}; checkpoints end in {', '.join(SUFFIXES)}")
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return _find_safetensors(path)
     content = read_checkpoint(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds {_kind(content)} where a state dict is expected")
@@ -98,35 +141,46 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
             raise ValueError(
                 f"{path} holds {_kind(entry)} at {name!r} where a tensor is expected; nothing of it was run"
             )
-    return _all_numbers(path, read_tensors(content))
+    check_tensors(content)
+    return {name: StoredWeight(path, name, entry.shape, entry.num_bytes, entry.read) for name, entry in content.items()}
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _find_safetensors(path: Path) -> dict[str, StoredWeight]:
+    state = {}
     try:
         with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            for name in file.keys():  # noqa: SIM118 (it is no mapping)
+                shape = tuple(file.get_slice(name).get_shape())
+                num_bytes = math.prod(shape) * _BYTES[file.get_slice(name).get_dtype()]
+                state[name] = StoredWeight(path, name, shape, num_bytes, partial(_read_safetensor, path, name))
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or is cut: {error}") from error
-    return _all_numbers(path, state)
+    return state
 
 
-def _all_numbers(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _read_safetensor(path: Path, name: str) -> Tensor:
+    """Read one tensor and let the file go, whose pages would otherwise count as this process's memory."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name).clone()
+
+
+def check_numbers(path: Path, name: str, tensor: Tensor) -> None:
     """Refuse weights that hold what is no number, which nothing trained leaves and every answer would become.
 
     Raises:
-        ValueError: the first such tensor.
+        ValueError: there is one in this tensor.
     """
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and tensor.isnan().any():
-            raise ValueError(f"{path} is damaged, or its training was: {name} holds what is no number (NaN)")
-    return state
+    if tensor.is_floating_point() and tensor.isnan().any():
+        raise ValueError(f"{path} is damaged, or its training was: {name} holds what is no number (NaN)")
 
 
 def _kind(value: Any) -> str:
     return f"{value.name}()" if isinstance(value, Inert) else f"a {type(value).__name__}"
 
 
-def check_layout(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+def check_layout(
+    state: Mapping[str, Tensor] | Mapping[str, StoredWeight], expected: Mapping[str, tuple[int, ...]]
+) -> None:
     """Refuse a state whose names or shapes are not those expected.
 
     Raises:

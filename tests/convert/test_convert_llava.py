@@ -430,3 +430,21 @@ def test_a_folder_without_weights_and_one_that_is_not_there_are_refused(tmp_path
     refused(tmp_path, "llava", Options(), "holds no weights; looked for model.safetensors, pytorch_model.bin, query")
     with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
         convert(tmp_path / "none", tmp_path / "run", system="llava", options=Options())
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_large_llm_is_written_in_several_files_and_stays_in_its_own_until_then(
+    tmp_path: Path, parts: dict[str, str], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = frozen() | projector()
+    folder = write_folder(tmp_path / "m3", state, parts, kind=kind, **SCALES)
+    largest = max(value.nbytes for name, value in state.items() if name.startswith("model.layers."))
+    monkeypatch.setattr("mllm.checkpoints.tensor_files.SHARD_BYTES", 2 * largest)
+    convert(folder, tmp_path / "out", system="llava-m3", options=Options())
+    files = sorted((tmp_path / "out" / "llm").glob("*.safetensors"))
+    assert len(files) > 2
+    written = {name: value for file in files for name, value in load_file(file).items()}
+    assert written.keys() == {name for name in frozen(with_encoder=False) if not name.endswith("inv_freq")}
+    assert all(torch.equal(value, state[name]) for name, value in written.items())
+    model, _ = load(tmp_path / "out", device="cpu")
+    assert torch.equal(model.lm_head.weight, state["lm_head.weight"])
