@@ -99,8 +99,9 @@ OPTIONAL = (
     # Later ones cap numpy below 2, or come without their models. It wants protobuf 4, and with it tensorboard 2.20.
     Package("mediapipe", purpose="finding faces for mouth crops (mllm prepare lips)", extra="lips", apart=True),
     Package("num2words", purpose="adopting a SmolVLM, whose processor asks for it", extra="hosts"),
-    Package("gguf", purpose="the demo on real weights (make demo-real)", extra="real"),
-    Package("piper-tts", module="piper", purpose="a voice for that demo", extra="real", apart=True),
+    Package("gguf", purpose="an LLM in a GGUF file", extra="gguf"),
+    Package("bitsandbytes", purpose="a frozen LLM in 8 or 4 bits, on a GPU (model.quantization)", extra="quantization"),
+    Package("piper-tts", module="piper", purpose="a voice for the demo on real weights", extra="real", apart=True),
 )
 TOOLS = {
     "ninja": ('pip install "ninja"', "compiling deepspeed's kernels"),

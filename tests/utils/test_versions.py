@@ -98,7 +98,9 @@ def test_what_moved_is_shown_beside_lock_and_range(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The registry's answer alone is made up: the newest of everything is what is locked, but for two."""
-    locked = pinned(FOLDER / "page.txt") | pinned(FOLDER / "dev.txt") | pinned(FOLDER / "torch.txt")
+    locked: dict[str, set[Version]] = {}
+    for name in ("page", "real", "dev", "torch"):
+        locked |= pinned(FOLDER / f"{name}.txt")
 
     def newest_of(requirements: list[str]) -> dict[str, Version]:
         names = [canonicalize_name(Requirement(line).name) for line in requirements]
