@@ -7,7 +7,8 @@ The loop is that of transformers (models/mixtral/modeling_mixtral.py, `MixtralEx
 linear layer, GELU, a linear layer, with biases, and gates that are not renormalised. MoME's own code is not released.
 The router is in float32 in both, as in models/deepseek_v3/modeling_deepseek_v3.py. Both use the same 16 experts of
 width 16, of which a token chooses 4, beside a layer 1024 wide. Outputs and gradients must agree to 1e-5 in float32 and
-1e-2 in bfloat16 before anything is timed. On a CPU the dense product is computed in float32 whatever the dtype.
+1e-2 in bfloat16 before anything is timed. On a CPU without arithmetic for bfloat16 the dense product is computed in
+float32.
 """
 
 from functools import partial

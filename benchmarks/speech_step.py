@@ -7,13 +7,16 @@ Whisper on its full window of 30 seconds (modeling_OmniAVSR.py:528-537), one rat
 pass per task (:268-303) with logits of every position in float32 (Llama_LoRA.py:372-386), and one backward pass of the
 mean of the weighted losses (lightning_OmniAVSR.py:161-162). Turning audio into log-mel features on the main thread,
 which it does too, is left out of both. `packed, cached` has the encoders' features already, as `data.features` keeps
-them; Omni-AVSR has no such thing.
+them; Omni-AVSR has no such thing, and its released commands could not use all of it, since they train a LoRA inside
+AV-HuBERT and augment what it sees. The second comparison has that LoRA, whose video encoder runs and goes backward in
+every way; `audio cached` has Whisper's features alone.
 
 The model: Whisper and AV-HuBERT that cost beside this LLM what Whisper-medium and AV-HuBERT Large cost beside
 Llama-3.2-1B, a projector per rate, an LLM with LoRA shared by the tasks whose head is 21 % of its FLOPs. One sample: 6
 seconds at rates 4 and 2, 8 tokens of instruction, 28 of answer. Losses and all gradients must agree to 1e-5.
 """
 
+import argparse
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -36,7 +39,7 @@ from torch.nn import functional
 from transformers import WhisperConfig
 from turns import options
 
-from mllm.config.medium import AudioConfig, AudioEncoderConfig, LipsConfig, MlpConfig, VideoConfig
+from mllm.config.medium import AudioConfig, AudioEncoderConfig, EncoderAdapterConfig, LipsConfig, MlpConfig, VideoConfig
 from mllm.config.model import LoraConfig, ModelConfig
 from mllm.encoders import AVHubertConfig
 from mllm.evaluation.flops import Item, compressor_flops, encoder_flops, llm_flops
@@ -52,7 +55,13 @@ WEIGHTS = {"asr": 1.0, "vsr": 1.5, "avsr": 1.0}
 GOALS = {"packed": 1.15, "packed, cached": 2.2}
 
 
-def example() -> tuple[ElasticForConditionalGeneration, ElasticProcessor, Batch]:
+LipsAdapter = EncoderAdapterConfig | None
+LIPS_LORA = EncoderAdapterConfig(rank=16, alpha=32)
+
+
+def example(
+    lips_adapter: LipsAdapter = None,
+) -> tuple[ElasticForConditionalGeneration, ElasticProcessor, Batch]:
     """Build the model of the head of this file, and three rows that show the same clip."""
     whisper = WhisperConfig(
         d_model=256, encoder_layers=3, encoder_attention_heads=4, encoder_ffn_dim=1024, decoder_layers=1
@@ -63,8 +72,12 @@ def example() -> tuple[ElasticForConditionalGeneration, ElasticProcessor, Batch]
         num_attention_heads=4,
         intermediate_size=1024,
         resnet_channels=[8, 16, 32, 64],
+        **dict.fromkeys(("hidden_dropout", "attention_dropout", "activation_dropout"), 0.0),
     )
-    projector, lips_encoder = MlpConfig(per_budget=True), LipsConfig(source="random", crop_pixels=32)
+    projector, lips_encoder = (
+        MlpConfig(per_budget=True),
+        LipsConfig(source="random", crop_pixels=32, adapter=lips_adapter),
+    )
     audio = AudioConfig(encoder=AudioEncoderConfig(source="random"), projector=projector, budgets=["/4", "/16"])
     video = VideoConfig(encoder=lips_encoder, projector=projector, budgets=["/2", "/5"])
     lora = LoraConfig(rank=16, targets=["q_proj", "v_proj"])
@@ -103,13 +116,18 @@ def omni_step(model: ElasticForConditionalGeneration, processor: ElasticProcesso
 
 def projected(model: ElasticForConditionalGeneration, batch: Batch, medium: str) -> Tensor:
     """Run the encoder, the mean over windows, and the projector of the rate."""
-    with torch.no_grad():
+    with torch.set_grad_enabled(learns(model, medium)):
         features = model.model.encode(medium, batch.values[f"{medium}_values"], batch.values[f"{medium}_lengths"])
     spoken = features.values[:, : int(features.lengths[0])]
     pooled = functional.avg_pool1d(spoken.transpose(1, 2), RATES[medium], RATES[medium]).transpose(1, 2)
     compressor: Any = model.model.compressors[medium]
     bank = compressor.projectors
     return bank[bank.budgets.index(RATES[medium])](pooled)
+
+
+def learns(model: ElasticForConditionalGeneration, medium: str) -> bool:
+    """Tell whether an encoder has a LoRA that learns."""
+    return any(weight.requires_grad for weight in model.model.encoder(medium).parameters())
 
 
 def training_batch_of(processor: ElasticProcessor, batch: Batch) -> TrainingBatch:
@@ -129,45 +147,51 @@ def packed(
     return learn(model, training_batch_of(processor, batch), num_targets(batch.rows), features)
 
 
-def predicted(model: ElasticForConditionalGeneration, processor: ElasticProcessor, batch: Batch) -> dict[str, float]:
-    """Count FLOPs by the model of costs: what is frozen goes forward, or forward and back; projectors learn."""
+def predicted(model: ElasticForConditionalGeneration, processor: ElasticProcessor, batch: Batch) -> list[float]:
+    """Count FLOPs by the model of costs, of the baseline and ours: what is frozen goes forward, or forward and back;
+    projectors learn.
+    """
     config, training_batch = model.config, training_batch_of(processor, batch)
     assert training_batch.plan is not None
     items = {"audio": Item("audio", 300, 75), "video": Item("video", 150, 75, 88, 88)}
-    encoders = sum(encoder_flops(config.encoder_configs[m], item, config.media[m].encoder) for m, item in items.items())
+    encoders = {
+        m: encoder_flops(config.encoder_configs[m], item, config.media[m].encoder) * (2 if learns(model, m) else 1)
+        for m, item in items.items()
+    }
+    every, learning = sum(encoders.values()), sum(flops for m, flops in encoders.items() if learns(model, m))
     projectors = sum(compressor_flops(config.media[m], item, in_size=256, out_size=512) for m, item in items.items())
     lengths = [len(row.ids) + 74 * len(row.spans) for row in batch.rows]
     passes = [llm_flops(config.text_config, num_tokens=n, num_logits=n, adapter=config.adapter) for n in lengths]
     ours = 2 * packed_llm_flops(config, training_batch.plan, num_logits=len(training_batch.positions)) + 3 * projectors
-    return {
-        "Omni-AVSR's": encoders + 3 * projectors / 2 + 2 * sum(passes),
-        "packed": encoders + ours,
-        "packed, cached": ours,
-    }
+    return [every + 3 * projectors / 2 + 2 * sum(passes), every + ours, learning + ours]
+
+
+def compare(
+    arguments: argparse.Namespace, title: str, against: str, ways: Mapping[str, float | None], lips: LipsAdapter = None
+) -> None:
+    """Check, measure and print the ways on one model, by their names and goals."""
+    model, processor, batch = example(lips)
+    features = frozen_features(model, batch, CPU)
+    baseline, *ours = names = ("Omni-AVSR's", *ways)
+    runs = (omni_step, partial(packed, features=None), partial(packed, features=features))
+    pairs = [Compared(f"step on 3 tasks of a clip, {way}", way, against, baseline, ways[way]) for way in ours]
+    compare_steps(
+        model,
+        {name: partial(run, model, processor, batch) for name, run in zip(names, runs, strict=True)},
+        arguments,
+        title=title,
+        flops=dict(zip(names, predicted(model, processor, batch), strict=True)),
+        pairs=pairs,
+    )
 
 
 def main() -> None:
-    """Check, measure and print."""
+    """Compare without and with a LoRA in the encoder of lips."""
     arguments = options(__doc__, 5)
-    model, processor, batch = example()
-    features = frozen_features(model, batch, CPU)
-    runs = {
-        "Omni-AVSR's": partial(omni_step, model, processor, batch),
-        "packed": partial(packed, model, processor, batch, None),
-        "packed, cached": partial(packed, model, processor, batch, features),
-    }
-    pairs = [
-        Compared(f"step on 3 tasks of a clip, {way}", way, "step of Omni-AVSR", "Omni-AVSR's", goal)
-        for way, goal in GOALS.items()
-    ]
-    compare_steps(
-        model,
-        runs,
-        arguments,
-        title=f"three tasks of a clip of {SECONDS} s",
-        flops=predicted(model, processor, batch),
-        pairs=pairs,
-    )
+    title = f"three tasks of a clip of {SECONDS} s"
+    compare(arguments, title, "step of Omni-AVSR, encoders frozen", GOALS)
+    ways = {"packed": None, "packed, audio cached": None}
+    compare(arguments, f"{title}, LoRA in AV-HuBERT", "step of Omni-AVSR, LoRA in AV-HuBERT", ways, LIPS_LORA)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from mllm.budget import MEDIA, Budget, Extent, Space, TokenCount, count_tokens
 from mllm.budget.tiling import Size, Tiles
 from mllm.hosts.rows import in_rows
 from mllm.kv_cache.shared_prefix import group_rows
+from mllm.packing.plan import LEAST_SHARED
 from mllm.processing.media_inputs import HostView
 from mllm.processing.placeholders import IGNORED_LABEL, expand_placeholders, pad_rows
 from mllm.processing.token_order import NEWLINE, order_of, shown_items
@@ -335,6 +336,9 @@ def _prefixes(
 ) -> dict[str, Tensor]:
     """Group rows that begin alike; takes the spans of all rows but the first of each group out of `spans`."""
     index, lengths = group_rows(ids, keys)
+    # One more pass of the LLM costs more than reading a few tokens again does.
+    is_short = [length < LEAST_SHARED for length in lengths]
+    index, lengths = group_rows(ids, [None if is_short[group] else key for group, key in zip(index, keys, strict=True)])
     if len(lengths) == len(index):
         return {}
     seen: set[int] = set()

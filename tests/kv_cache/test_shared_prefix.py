@@ -83,8 +83,18 @@ def test_the_image_is_encoded_once_and_its_tokens_are_read_once(answerer: Answer
 
 def test_equal_files_that_are_read_twice_are_two_images(answerer: Answerer) -> None:
     rows = [([tiny.random_media("image"), question], "a") for question in QUESTIONS]
-    assert count_forwards(answerer, rows, "image=4")["images"] == 4
-    assert {answer.num_shared_tokens for answer in answers(answerer, rows, ["image=4"])[0]} == {0}
+    assert count_forwards(answerer, rows, "image=16")["images"] == 4
+    assert {answer.num_shared_tokens for answer in answers(answerer, rows, ["image=16"])[0]} == {0}
+
+
+def test_beginnings_of_a_few_tokens_are_read_again_in_one_pass(answerer: Answerer) -> None:
+    image = tiny.random_media("image")
+    rows = [([image, question], "a") for question in QUESTIONS]
+    seen = count_forwards(answerer, rows, "image=1")
+    assert seen["images"] == 1
+    assert seen["passes"][0][0] == len(rows)
+    alone = [answers(answerer, [row], ["image=1"])[0][0] for row in rows]
+    assert answers(answerer, rows, ["image=1"])[0] == alone
 
 
 def test_the_same_question_twice_and_questions_that_begin_alike(answerer: Answerer) -> None:
@@ -142,7 +152,7 @@ def test_embeddings_of_rows_are_those_of_their_first_row_where_they_begin_alike(
 def test_options_that_forbid_sharing_are_refused(answerer: Answerer, options: dict[str, Any]) -> None:
     image = tiny.random_media("image")
     batch = tiny.batch(answerer.processor, [([image, question], "a") for question in QUESTIONS])
-    budgets = [[Budget.parse("image=4")] * 4]
+    budgets = [[Budget.parse("image=16")] * 4]
     inputs = answerer.processor.expand(batch, budgets, left_padding=True, share_prefixes=True).inputs
     assert len(inputs["num_image_tokens"]) == 1
     with pytest.raises(ValueError, match="leave it out to read every prompt by itself"):
