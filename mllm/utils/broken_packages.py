@@ -1,6 +1,6 @@
-"""Hides optional packages that are installed but broken from transformers, which would fail with them.
+"""Hides optional packages that are installed but broken from transformers and accelerate, which would fail with them.
 
-Knows the two packages that transformers imports whenever it finds them. Does not know models.
+Knows the packages that these import whenever they find them. Does not know models.
 """
 
 import importlib
@@ -26,6 +26,16 @@ def hide_broken_packages() -> None:
             _hide_if_broken(package)
 
 
+def hide_broken_deepspeed() -> None:
+    """Let accelerate do without a DeepSpeed that is installed but cannot be imported, where nobody asks for it.
+
+    accelerate imports it at the end of every training. It fails for want of CUDA's compiler, for one. Call this where a
+    training begins, which alone pays for the import; a second call does nothing.
+    """
+    if _is_installed("deepspeed"):
+        _hide_if_broken("deepspeed")
+
+
 def _is_installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
@@ -43,4 +53,5 @@ def _hide_if_broken(package: str) -> None:
         sys.modules[package] = None  # type: ignore[assignment]  (how Python says: not importable)
         from transformers.utils import import_utils
 
-        getattr(import_utils, f"is_{package}_available").cache_clear()
+        if package in HIDEABLE:  # of which transformers remembers that it has found them
+            getattr(import_utils, f"is_{package}_available").cache_clear()
