@@ -18,6 +18,8 @@ from pathlib import Path
 from mllm.utils import fail_points
 
 KILLED = -signal.SIGKILL
+TIMED_OUT = 124
+"""The exit code of a child that did not end and was killed for it; what it said begins with that."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ def run_child(
     *,
     fail_point: str = "",
     signal_after: tuple[float, int] | None = None,
-    timeout: float = 120,
+    timeout: float = 300,
     observe: Callable[[int], object] = lambda child: None,
 ) -> Ended:
     """Run work in a child of a process group of its own.
@@ -44,10 +46,8 @@ def run_child(
         log: where its two outputs go.
         fail_point: see `mllm.utils.fail_points`.
         signal_after: seconds, and the signal that the child's whole group gets then.
+        timeout: seconds, after which it is killed and its code is `TIMED_OUT`.
         observe: called with the child's process id again and again while it lives.
-
-    Raises:
-        TimeoutError: it did not end; it is killed.
     """
     started = time.monotonic()
     child = _start(work, log, fail_point, {})
@@ -60,7 +60,7 @@ def run_child(
             signal_after = None
         if seconds > timeout:
             _kill(child)
-            raise TimeoutError(f"nothing after {timeout} seconds: {log.read_text(errors='replace')[-2000:]}")
+            return _timed_out(log, seconds)
         observe(child)
         time.sleep(0.002)
 
@@ -80,9 +80,7 @@ def run_pair(
         log: where the outputs of both go, each into a file with its rank as suffix.
         fail_point: of the child `rank` alone.
         kill_after: seconds after which the child `rank` is killed.
-
-    Raises:
-        TimeoutError: one of them did not end; both are killed.
+        timeout: seconds, after which those that are left are killed and their code is `TIMED_OUT`.
     """
     started, address = time.monotonic(), {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     logs = [log.with_suffix(f".{number}") for number in range(2)]
@@ -106,14 +104,20 @@ def run_pair(
             for child in {children[rank]}.intersection(left):
                 os.killpg(child, signal.SIGKILL)
             kill_after = None
-        if any(one.code for one in ended.values()) or seconds > timeout:
+        if any(one.code for one in ended.values()):
             for child in left:
                 os.killpg(child, signal.SIGKILL)
-        if seconds > timeout and left:
-            said = "".join(path.read_text(errors="replace")[-1000:] for path in logs)
-            raise TimeoutError(f"nothing after {timeout} seconds: {said}")
+        if seconds > timeout:
+            for number in {0, 1} - ended.keys():
+                _kill(children[number])
+                ended[number] = _timed_out(logs[number], seconds)
         time.sleep(0.002)
     return [ended[0], ended[1]]
+
+
+def _timed_out(log: Path, seconds: float) -> Ended:
+    said = log.read_text(errors="replace")[-1000:]
+    return Ended(TIMED_OUT, f"did not end in {seconds:.0f} seconds: {said}", seconds)
 
 
 def _free_port() -> int:
@@ -125,9 +129,11 @@ def _free_port() -> int:
 def _start(work: Callable[[], object], log: Path, fail_point: str, environment: dict[str, str]) -> int:
     """Fork a child that works, in a process group of its own; its process id."""
     if (child := os.fork()) == 0:
-        os.setsid()
+        os.setpgid(0, 0)
         os.environ.update(environment)
         _run(work, log, fail_point)
+    with contextlib.suppress(OSError):  # the child is quicker, or gone; both do it, so that the group is there at once
+        os.setpgid(child, child)
     return child
 
 

@@ -34,7 +34,7 @@ def long_runs(ground: Ground, tries: int, rng: random.Random) -> Outcome:
         nonlocal last
         if time.monotonic() - last > SECONDS_BETWEEN_LOOKS:
             last = time.monotonic()
-            looks.append((_steps(run), _resident_mib(child)))
+            looks.extend((_steps(run), mib) for mib in _resident_mib(child))
 
     ended = run_child(lambda: train(config), ground.log, timeout=3600, observe=observe)
     problems = [ended.said[-300:]] if ended.code else []
@@ -77,6 +77,7 @@ def _steps(run: Path) -> int:
     return STEPS_PER_LINE * log.read_text().count('"loss"') if log.exists() else 0
 
 
-def _resident_mib(process: int) -> float:
-    status = Path(f"/proc/{process}/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0]) / 1024 if "VmRSS:" in status else float("nan")
+def _resident_mib(process: int) -> list[float]:
+    """Memory of a process, or none where it has just ended."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return [int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:")]
