@@ -69,7 +69,11 @@ class TinyHost:
 def tokenizer_of(host: TinyHost) -> Any:
     """A tokenizer of bytes, with the special tokens of a family."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *letters])}
+    pieces = [*SPECIAL, *letters]
+    # As in Gemma's vocabularies the line break is token 108.
+    other, line_break = 108, pieces.index("Ċ")
+    pieces[other], pieces[line_break] = pieces[line_break], pieces[other]
+    vocabulary = {token: number for number, token in enumerate(pieces)}
     backend = Tokenizer(models.BPE(vocabulary, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -82,7 +86,7 @@ def tokenizer_of(host: TinyHost) -> Any:
         extra_special_tokens=dict(host.names),
     )
     made.add_special_tokens({"additional_special_tokens": list(host.special)})
-    made.chat_template = host.template
+    made.chat_template = host.template or None
     return made
 
 
@@ -386,6 +390,32 @@ def _gemma3_processor(tokenizer: Any) -> Any:
     )
 
 
+def _paligemma_config(tokenizer: Any) -> Any:
+    text = {**TEXT, "vocab_size": 1600, "attn_logit_softcapping": 20.0, "final_logit_softcapping": 5.0}
+    return hf.PaliGemmaConfig(
+        vision_config=hf.SiglipVisionConfig(vision_use_head=False, **VISION),
+        text_config=hf.Gemma2Config(**text, head_dim=8, query_pre_attn_scalar=8, sliding_window=16),
+        projection_dim=32,
+        hidden_size=32,
+        vocab_size=1600,
+        image_token_index=_id(tokenizer, "<image>"),
+        tie_word_embeddings=False,
+    )
+
+
+def _paligemma_1_config(tokenizer: Any) -> Any:
+    config = _paligemma_config(tokenizer).to_dict()
+    text = hf.GemmaConfig(**{**TEXT, "vocab_size": 1600}, head_dim=8)
+    return hf.PaliGemmaConfig(**{**config, "text_config": text.to_dict()})
+
+
+def _paligemma_processor(tokenizer: Any) -> Any:
+    return hf.PaliGemmaProcessor(
+        image_processor=hf.SiglipImageProcessorPil(size={"height": 24, "width": 24}, image_seq_length=36),
+        tokenizer=tokenizer,
+    )
+
+
 def _gemma4_config(tokenizer: Any) -> Any:
     heads = {"head_dim": 8, "global_head_dim": 8}
     return hf.Gemma4Config(
@@ -621,6 +651,7 @@ HOSTS: dict[str, TinyHost] = {
             ("image_token", "<image_soft_token>"),
         ),
     ),
+    "paligemma": TinyHost(("<image>",), "", _paligemma_config, _paligemma_processor),
     "gemma4": TinyHost(
         ("<image>", "<boi>", "<eoi>", "<audio>", "<boa>", "<eoa>", "<|video|>"),
         _typed("<image>"),
@@ -644,6 +675,8 @@ HOSTS: dict[str, TinyHost] = {
 }
 SIGLIP_LLAVA = TinyHost(("<image>",), IMAGES_FIRST, _siglip_llava_config, _siglip_llava_processor)
 """Another member of a family, whose encoder has no class token."""
+PALIGEMMA_1 = TinyHost(("<image>",), "", _paligemma_1_config, _paligemma_processor)
+"""Another member of a family, whose LLM is a Gemma and no Gemma 2."""
 MIXTURES = ("qwen3_vl_moe", "qwen3_5_moe", "glm4v_moe")
 """Families whose LLM is a mixture of experts, and which are like the ones without."""
 KEEP_SHAPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v", "gemma4", "mistral3", *MIXTURES)
@@ -717,10 +750,11 @@ def adopted(folder: str, family: str, *, dtype: str = "float32", trained: bool =
     from mllm.config.model import ModelConfig
     from mllm.config.reading import read
 
+    findings = examine(folder)
     values = {
         "host": folder,
         "dtype": dtype,
-        HOSTS[family].medium: {"budgets": list(examine(folder).budgets)},
+        HOSTS[family].medium: {"budgets": list(findings.budgets)},
         "adapter": {"kind": "gated_lora", "rank": 4, "alpha": 8},
     }
     model, processor = build(read(ModelConfig, values, path="model"))

@@ -214,6 +214,8 @@ def host_inputs(
         [{"role": "user", "content": [{"type": host.medium}, {"type": "text", "text": question}]}],
         add_generation_prompt=True,
     )
+    if host.family.template is not None:  # its processor makes the prompt of the bare question
+        prompt = host.media_token + question
     bos = host.tokenizer.bos_token
     options: dict[str, Any] = {"images_kwargs": dict(images_kwargs)} if images_kwargs else {}
     if bos is not None and str(prompt).startswith(bos):
@@ -223,7 +225,7 @@ def host_inputs(
     return {
         key: value.to(dtype) if value.is_floating_point() else value
         for key, value in outputs.items()
-        if isinstance(value, Tensor) and key not in host.processor.unused_input_names
+        if isinstance(value, Tensor) and key not in ("labels", *host.processor.unused_input_names)
     }
 
 
@@ -242,8 +244,10 @@ def oracle_inputs(
     if "mm_encoder_outputs" not in inspect.signature(host.forward).parameters:
         return {"inputs_embeds": embeds, "attention_mask": text["attention_mask"]}
     is_soft = reduced["input_ids"] == (model.config.placeholder_ids or {})["image"]
+    # 1 at images, but where it is at answers, which there are none of here.
+    typed = is_soft.long() * (model.config.host_config.model_type != "paligemma")
     # Whatever the host's own classes call them, and whether they want them or not.
-    types = {key: is_soft.long() for key in ("token_type_ids", "mm_token_type_ids") if key in theirs}
+    types = {key: typed for key in ("token_type_ids", "mm_token_type_ids") if key in theirs}
     if "prompt_positions" in reduced:
         types["position_ids"] = reduced["prompt_positions"].permute(2, 0, 1)
     output = _pooled_output(host, theirs, embeds[is_soft])

@@ -24,7 +24,7 @@ from mllm.checkpoints.auto_classes import register
 from mllm.checkpoints.build import assemble
 from mllm.checkpoints.expert_folders import read_experts, write_experts
 from mllm.checkpoints.peft_folders import write_adapters
-from mllm.checkpoints.pretrained import check_layer_counts, load_checked
+from mllm.checkpoints.pretrained import check_layer_counts, known_attention, load_checked
 from mllm.checkpoints.sources import find_parts, seen_from
 from mllm.checkpoints.tensor_files import num_bytes_of, write_model, write_tensors
 from mllm.config.model import GatedLoraConfig, LoraBankConfig, MomeConfig
@@ -291,7 +291,8 @@ def _load(
             )
         if sources:
             raise ValueError(f"sources is given, but {folder} is no run: an export holds all of its parts")
-        implementation = {"text_config": attention}
+        known = attention if config.host_config is None else known_attention(config.get_text_config(), attention)
+        implementation = {"text_config": known}
         exported = load_checked(
             ElasticForConditionalGeneration,
             str(folder),

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
     AutoFeatureExtractor,
     AutoTokenizer,
@@ -172,10 +173,20 @@ def load_host(
         parts = {id(part) for part in (encoder, *projectors)}
         kept = [name for name, part in draft.named_modules() if id(part) in parts]
         options = bits_options(quantization, dtype=dtype, kept=kept, device=quantization_device())
-    implementation = {"text_config": attention}  # of the LLM alone; encoders have what transformers gives them
+    # Of the LLM alone; encoders have what transformers gives them.
+    implementation = {"text_config": known_attention(config.get_text_config(), attention)}
     return load_checked(
         host_class(config), reference, config, dtype=dtype, attn_implementation=implementation, **options
     )
+
+
+def known_attention(text: Any, attention: str) -> str:
+    """Return what is to compute the attention of a host's LLM: eager for sdpa where its class knows no other.
+
+    Some LLMs, such as Gemma 2 in PaliGemma 2, cap attention logits, which sdpa cannot; transformers takes eager then.
+    """
+    llm_class: Any = MODEL_MAPPING.get(type(text), None)
+    return "eager" if attention == "sdpa" and llm_class is not None and not llm_class._supports_sdpa else attention
 
 
 def encoder_config(reference: str, medium: str) -> PreTrainedConfig:

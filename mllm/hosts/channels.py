@@ -46,6 +46,11 @@ class Channels:
         raise NotImplementedError
 
     @property
+    def first_position(self) -> int:
+        """The position of the first token of a prompt."""
+        return 0
+
+    @property
     def runs_body(self) -> bool:
         """Whether the host's body runs the decoder, making the attention masks for it; else the decoder alone runs."""
         return False
@@ -108,6 +113,33 @@ class TokenTypes(Channels):
     def is_causal(self) -> bool:
         """See `Channels.is_causal`."""
         return False
+
+
+@dataclass(frozen=True)
+class PrefixTypes(TokenTypes):
+    """A channel that is 1 behind the prompt: what comes before, an image and a question, is read in both directions.
+
+    A prompt ends with a line break, and an answer has none, which the chat encoder sees to.
+
+    Args:
+        break_id: of the line break.
+    """
+
+    break_id: int
+
+    def of_text(self, body: Any, input_ids: Tensor, embeds: Tensor) -> Tensor:
+        """See `Channels.of_text`."""
+        breaks_from_here = (input_ids == self.break_id).flip(1).cumsum(dim=1).flip(1)
+        return torch.cat([embeds, (breaks_from_here == 0).to(embeds.dtype)[..., None]], dim=-1)
+
+    def of_soft(self, body: Any, soft: Tensor) -> Tensor:
+        """See `Channels.of_soft`."""
+        return functional.pad(soft, (0, 1))
+
+    @property
+    def first_position(self) -> int:
+        """See `Channels.first_position`."""
+        return 1
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,8 @@ class HostDecoder:
                 f"{self.body.config.model_type} makes its own attention masks, so a static cache does not go with it"
             )
         runs = self.body if self.channels.runs_body else getattr(self.body, self.decoder_name)
+        if position_ids is not None:
+            position_ids = position_ids + self.channels.first_position
         return runs(
             inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, **keywords, **kwargs
         )

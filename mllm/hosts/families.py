@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from mllm.budget.tiling import Tiling
 from mllm.encoders import EncoderFacts
 from mllm.hosts import clips, patches, tiles
-from mllm.hosts.channels import Channels, Levels, PerLayerInputs, TokenTypes
+from mllm.hosts.channels import Channels, Levels, PerLayerInputs, PrefixTypes, TokenTypes
 
 Grid = tuple[int, int]
 
@@ -113,6 +113,7 @@ class HostFamily:
         caps_logits: its head caps logits as its text config says.
         reads_whole: why prompts cannot be read in parts, which may then be shared, kept and joined; empty where they
             can.
+        template: what makes prompts, where the host's processor does so itself and has no chat template.
     """
 
     model_class: str
@@ -128,6 +129,7 @@ class HostFamily:
     has_grid_positions: bool = False
     caps_logits: bool = False
     reads_whole: str = ""
+    template: str | None = None
 
     @property
     def shares_beginnings(self) -> bool:
@@ -148,6 +150,19 @@ class HostFamily:
 
 
 _MERGED = Patches(patches.merged_inputs, patches.merged_features, patches.merged_smallest, patches.num_merged)
+
+_GEMMA_BREAK = 108
+"""The id of a line break in all vocabularies of Gemma 1 and 2."""
+_ONE_QUESTION = (
+    "{% set parts = messages[0].content %}{% set images = parts | selectattr('type', 'equalto', 'image') | list %}"
+    "{% if messages[0].role != 'user' or messages | length > 2 or not images %}"
+    "{{ raise_exception('it takes one question about an image, and one answer') }}{% endif %}"
+    "{% for part in images %}<image>{% endfor %}{{ bos_token }}"
+    "{% for part in parts %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{{ '\n' }}"
+    "{% for message in messages[1:] %}{% for part in message.content %}{{ part.text }}{% endfor %}{{ eos_token }}"
+    "{% endfor %}"
+)
+"""What PaliGemma's processor makes of a text and images, and of the text that is to follow."""
 
 HOSTS: dict[str, HostFamily] = {
     "llava": HostFamily("LlavaForConditionalGeneration", "LlavaProcessor", images=Images(tiles.llava_grid)),
@@ -229,6 +244,15 @@ HOSTS: dict[str, HostFamily] = {
         images=Images(tiles.gemma3_grid),
         channels=TokenTypes("token_type_ids"),
     ),
+    "paligemma": HostFamily(
+        "PaliGemmaForConditionalGeneration",
+        "PaliGemmaProcessor",
+        images=Images(tiles.patch_grid),
+        channels=PrefixTypes("token_type_ids", break_id=_GEMMA_BREAK),
+        caps_logits=True,
+        reads_whole="it reads a question in both directions, up to its last token",
+        template=_ONE_QUESTION,
+    ),
     "gemma4": HostFamily(
         "Gemma4ForConditionalGeneration",
         "Gemma4Processor",
@@ -306,7 +330,6 @@ _TYPICAL_SIDE = 16
 """Rows and columns of an image that reports are about, where images keep their shape."""
 NOT_YET: dict[str, str] = {
     "qwen2_5_omni": "it reads several media at once",
-    "paligemma": "its prompts are made by no template, and are read in both directions",
     "llava_onevision": "it scales the map of a large image down before it reads it",
     "voxtral": "its prompts are made by mistral-common and by no template",
 }

@@ -20,6 +20,7 @@ from transformers import AutoFeatureExtractor, ProcessorMixin
 
 from mllm.budget.resolution import Resolution
 from mllm.budget.tiling import Size, Tiles, Tiling
+from mllm.hosts.channels import PrefixTypes
 from mllm.hosts.families import HostFamily, Patches, find_family, host_facts, host_tiling, placeholder_id
 from mllm.hosts.resizing import HostResizing, resizing_of
 from mllm.hosts.rows import RowBreaks, without_breaks
@@ -129,9 +130,10 @@ class HostProcessor:
         self.tiling = host_tiling(config)
         self.tokenizer = tokenizer
         self.placeholder_id = placeholder_id(config, self.medium)
-        self.chat_template = values.get("chat_template") or tokenizer.chat_template
+        self.chat_template = self.family.template or values.get("chat_template") or tokenizer.chat_template
         if not isinstance(self.chat_template, str):
             raise ValueError(f"the processor of this {config.model_type} holds no chat template, or several")
+        self._check_break()
         self.resizing = self._resizing(values)
         self._sizes: dict[Any, HostSize] = {}
         # Processors are other people's programs: what a file lacks or says otherwise fails in them as it happens to.
@@ -144,6 +146,18 @@ class HostProcessor:
             raise ValueError(
                 f"the processor of this {config.model_type} does not go with its config or its tokenizer: {error}"
             ) from error
+
+    def _check_break(self) -> None:
+        """Refuse a tokenizer whose line break is not the token by which the decoder knows the end of a question.
+
+        Raises:
+            ValueError: naming both.
+        """
+        channels = self.family.channels
+        if isinstance(channels, PrefixTypes):
+            ids = self.tokenizer("\n", add_special_tokens=False)["input_ids"]
+            if ids != [channels.break_id]:
+                raise ValueError(f"a line break is {ids} to this tokenizer, and {channels.break_id} was expected")
 
     def _blank(self) -> Image.Image | Audio:
         """Make an image of about one tile, or a second of silence."""
@@ -212,7 +226,10 @@ class HostProcessor:
         each = self.facts.grid[0] * self.facts.grid[1]
         if self.tiling is not None:
             return self._map(outputs, values, (raw.height, raw.width), self.tiling)
-        ids = self._one_per_tile(outputs["input_ids"][0].tolist(), each=each, num_tiles=len(values))
+        prompt = outputs["input_ids"][0].tolist()
+        if self.family.template is not None:  # what stands behind the image is the template's here
+            prompt = [token for token in prompt if token == self.placeholder_id]
+        ids = self._one_per_tile(prompt, each=each, num_tiles=len(values))
         return HostItem(values, 1, ids, each)
 
     def _map(self, outputs: Mapping[str, Any], values: Tensor, image_pixels: Size, tiling: Tiling) -> HostItem:

@@ -125,6 +125,11 @@ def downsampled_grid(config: Any) -> tuple[int, int]:
     return _square(config, int(config.downsample_factor))
 
 
+def patch_grid(config: Any) -> tuple[int, int]:
+    """Return rows and columns where every patch becomes a soft token, as in PaliGemma."""
+    return _square(config, 1)
+
+
 def gemma3_grid(config: Any) -> tuple[int, int]:
     """Return rows and columns of a Gemma 3's soft tokens: patches averaged to a square of so many."""
     side = math.isqrt(config.mm_tokens_per_image)

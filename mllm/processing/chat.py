@@ -117,7 +117,7 @@ class ChatEncoder:
     """Encodes conversations for one tokenizer.
 
     A prompt ends without the space that its template ends with, which an answer's first word brings along;
-    `keeps_last_space` is for hosts, whose own pipelines keep it.
+    `keeps_last_space` is for hosts, whose own pipelines keep it, and `brings_template` for their own templates.
 
     Args:
         tokenizer: a fast tokenizer.
@@ -131,6 +131,7 @@ class ChatEncoder:
     """
 
     keeps_last_space = False
+    brings_template = False
 
     def __init__(
         self,
@@ -143,7 +144,7 @@ class ChatEncoder:
     ) -> None:
         if chat_format not in FORMATS:
             raise ValueError(f"chat_format is {chat_format!r}; allowed: {', '.join(FORMATS)}")
-        if chat_format == "chat" and not tokenizer.chat_template:
+        if chat_format == "chat" and not (self.brings_template or tokenizer.chat_template):
             raise ValueError("chat_format is 'chat', but the tokenizer has no chat template; use plain or vicuna_v1")
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} is a slow tokenizer; a fast one is needed")

@@ -12,7 +12,8 @@ from typing import Any
 
 from mllm.data.manifest import Media, Message, Part, Text
 from mllm.hosts import HostProcessor
-from mllm.processing.chat import ChatEncoder, RefusedConversation, mark
+from mllm.hosts.channels import PrefixTypes
+from mllm.processing.chat import ChatEncoder, Layout, RefusedConversation, mark
 
 
 class HostChatEncoder(ChatEncoder):
@@ -27,6 +28,7 @@ class HostChatEncoder(ChatEncoder):
     """
 
     keeps_last_space = True
+    brings_template = True
 
     def __init__(self, tokenizer: Any, host: HostProcessor) -> None:
         super().__init__(tokenizer, chat_format="chat", placeholder_ids={host.medium: host.placeholder_id})
@@ -38,6 +40,14 @@ class HostChatEncoder(ChatEncoder):
             self.is_typed = False
             if not self._shows_media():
                 raise ValueError("the host's chat template shows no media, in typed parts or in a text")
+
+    def _plan(self, messages: Sequence[Message], prompt: bool) -> tuple[Layout, list[str]]:
+        # Layouts are kept, and what people write is no part of them.
+        if isinstance(self.host.family.channels, PrefixTypes):
+            answers = [part for message in messages if message.role == "assistant" for part in message.parts]
+            if any(isinstance(part, Text) and "\n" in part.text for part in answers):
+                raise RefusedConversation(f"a {self.host.config.model_type} gives answers of one line alone")
+        return super()._plan(messages, prompt)
 
     def _shows_media(self) -> bool:
         probe = [Message("user", (Media(self.host.medium, ""), Text("a")))]

@@ -6,12 +6,13 @@ What the host says becomes the targets of its rows, as it chose it, token by tok
 reduced budget is then learned from the same host (see `mllm.training.step`), so no second model is in memory.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from mllm.budget import Budget
+from mllm.hosts.channels import PrefixTypes
 from mllm.inference.decoding import Decoding, end_ids_of, generate_options, up_to_end
 from mllm.model.modeling import ElasticForConditionalGeneration, Features
 from mllm.processing.batch import Batch
@@ -48,6 +49,14 @@ def answered_by_host(
     ends = end_ids_of(model, processor)
     rows = list(batch.rows)
     for number, new in zip(numbers, ids[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-        row, answer = rows[number], up_to_end(new, ends)
+        row, answer = rows[number], _first_line(up_to_end(new, ends), ends, processor)
         rows[number] = replace(row, ids=[*row.ids, *answer], labels=[*row.labels, *answer])
     return replace(batch, rows=rows)
+
+
+def _first_line(answer: list[int], ends: Sequence[int], processor: ElasticProcessor) -> list[int]:
+    """Keep what a host says before a line break, where that is what ends a question to its decoder; then it ends."""
+    channels = None if processor.host is None else processor.host.family.channels
+    if not isinstance(channels, PrefixTypes) or channels.break_id not in answer:
+        return answer
+    return [*answer[: answer.index(channels.break_id)], ends[0]]

@@ -14,6 +14,7 @@ from mllm.budget import Budget
 from mllm.checkpoints import adoption
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.media import Audio
+from mllm.training import host_answers
 
 FAST = ["llava", "idefics3", "qwen3_vl", "gemma3", "qwen2_audio"]
 FAMILIES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in tiny_hosts.HOSTS]
@@ -227,6 +228,44 @@ def test_a_llava_with_a_siglip_encoder_is_itself_at_full(tmp_path: Path) -> None
     model, processor = tiny_hosts.make_host(tiny_hosts.SIGLIP_LLAVA, hf.LlavaForConditionalGeneration)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
+    for dtype in ("float32", "bfloat16"):
+        adoption.probe(str(tmp_path), dtype=dtype)
+
+
+@pytest.mark.slow
+def test_a_paligemma_reads_its_question_both_ways_and_its_answer_one(adopted: Any, tmp_path: Path) -> None:
+    model, processor, host = adopted("paligemma")
+    raw, question = tiny_hosts.image(), "what is\nthis?"  # a question may have several lines
+    turns = (Message("user", (Media("image", "x"), Text(question))), Message("assistant", (Text("a red one"),)))
+    batch = processor.batch(
+        [Sample("row", turns, task="test")], [[processor.transform("image", raw)]], for_training=True
+    )
+    ours = processor.expand(batch, [[Budget()]], left_padding=False).inputs
+    theirs = processor.host.processor(
+        text=["<image>" + question], images=[raw], suffix=["a red one"], return_tensors="pt"
+    )
+    assert torch.equal(ours["input_ids"], theirs["input_ids"])
+    assert theirs.pop("labels").ge(0).sum() == len("a red one") + 1
+    with torch.no_grad():
+        assert torch.equal(model(**ours).logits, host(**theirs).logits)
+        theirs["token_type_ids"].zero_()
+        assert not torch.equal(model(**ours).logits, host(**theirs).logits)
+    for messages, reason in (
+        ((*turns, *turns), "it takes one question about an image, and one answer"),
+        ((Message("user", (Text("what?"),)),), "it takes one question about an image, and one answer"),
+        ((turns[0], Message("assistant", (Text("a\nb"),))), "a paligemma gives answers of one line alone"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            processor.chat(messages)
+    with pytest.raises(ValueError, match=r"a question in both directions, up to its last token$"):
+        model.read_prompts(**tiny_hosts.inputs(processor, [raw]))
+    line = [ord("a"), 108, ord("b"), 2]
+    assert host_answers._first_line(line, [2], processor) == [ord("a"), 2]
+    assert host_answers._first_line(line, [2], adopted("llava")[1]) == line
+    older, older_processor = tiny_hosts.make_host(tiny_hosts.PALIGEMMA_1, hf.PaliGemmaForConditionalGeneration)
+    older.save_pretrained(tmp_path)
+    older_processor.save_pretrained(tmp_path)
+    assert model.model.language_model.config._attn_implementation == "eager"  # Gemma 2 knows no other
     for dtype in ("float32", "bfloat16"):
         adoption.probe(str(tmp_path), dtype=dtype)
 
