@@ -4,6 +4,7 @@
     audio=/4            one soft token per 4 encoder frames
     audio=12.5/s        soft tokens per second of the encoder's clock
     image=max           the largest of the space (what a medium that is not named gets)
+    image=64:16         of two images, 64 soft tokens of the first and 16 of the second
     video=none          the medium is left out, where the model was trained so: not a token of it
     tiles<=4            at most so many tiles per image, the thumbnail not counted; 0 shows the thumbnail alone
     frames=8            frames shown of each video whose frames are images
@@ -18,7 +19,7 @@ counts all tiles together, and goes with `image=n`: `image=64,image<=280` sees a
 Knows words and numbers. Does not know media, encoders, or what can be met; that is `budget/space.py`.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal
@@ -31,10 +32,19 @@ FORMS = "a count (64), a rate (/4), tokens per second (12.5/s), max or none"
 
 @dataclass(frozen=True)
 class Amount:
-    """Says what one medium may cost: `tokens` in all, a `rate` in frames per token, `per_second`, `max` or `none`."""
+    """Says what one medium may cost: `tokens` in all, a `rate` in frames per token, `per_second`, `max` or `none`.
 
-    kind: Literal["tokens", "rate", "per_second", "max", "none"]
+    The kind `each` has an amount for every item of the medium, in order.
+    """
+
+    kind: Literal["tokens", "rate", "per_second", "max", "none", "each"]
     value: Fraction = Fraction(0)
+    items: tuple["Amount", ...] = ()
+
+    @classmethod
+    def of_items(cls, amounts: Sequence["Amount"]) -> "Amount":
+        """Return the amount of several items; that of one where all are alike."""
+        return amounts[0] if len(set(amounts)) == 1 else cls("each", items=tuple(amounts))
 
     @classmethod
     def parse(cls, text: str | int) -> "Amount":
@@ -44,6 +54,8 @@ class Amount:
             ValueError: not one of the five forms, or not a positive number.
         """
         word = str(text).strip()
+        if ":" in word:
+            return cls.of_items([cls.parse(part) for part in word.split(":")])
         if word in ("max", "none"):
             return cls(word)
         kind: Literal["tokens", "rate", "per_second"] = "tokens"
@@ -62,6 +74,8 @@ class Amount:
     def __str__(self) -> str:
         if self.kind in ("max", "none"):
             return self.kind
+        if self.kind == "each":
+            return ":".join(map(str, self.items))
         number = str(self.value) if self.value.denominator == 1 else _decimal(self.value)
         return {"tokens": number, "rate": f"/{number}", "per_second": f"{number}/s"}[self.kind]
 

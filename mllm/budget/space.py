@@ -114,7 +114,7 @@ class MediumSpace:
 
     def is_trained(self, amount: Amount) -> bool:
         """Say whether training sampled this very amount; `max` always is."""
-        return amount.kind == "max" or amount in self.choices
+        return amount.kind == "max" or all(one in self.choices for one in amount.items or (amount,))
 
     def is_trained_count(self, count: TokenCount) -> bool:
         """Say whether training sampled this count. Cuts into tiles differ by image, so they are not compared."""
@@ -354,7 +354,7 @@ def count_tokens(extents: Sequence[Extent], budget: Budget, space: Space) -> lis
     space.check(budget)
     if budget.total_tokens is not None:
         return _best_split(extents, budget, space)
-    counts = [_count_of(extent, budget, space) for extent in extents]
+    counts = _counts_of(extents, budget, space)
     if counts and not any(count.tokens for count in counts):
         raise ValueError(f"{budget} leaves nothing to answer about: the request holds no other medium; name an amount")
     return counts
@@ -376,8 +376,26 @@ def _check_medium(extent: Extent, space: Space) -> None:
         raise ValueError(f"this model does not take {extent.medium}; it takes {allowed}")
 
 
-def _count_of(extent: Extent, budget: Budget, space: Space) -> TokenCount:
-    amount = budget.amounts.get(extent.medium, Amount("max"))
+def _counts_of(extents: Sequence[Extent], budget: Budget, space: Space) -> list[TokenCount]:
+    """Count every medium at what the budget names, item by item where it names several amounts of a medium.
+
+    Raises:
+        ValueError: an amount that cannot be met, or another number of items than the budget names.
+    """
+    for medium, amount in budget.amounts.items():
+        num_items = sum(extent.medium == medium for extent in extents)
+        if amount.items and num_items not in (0, len(amount.items)):
+            raise ValueError(f"{medium}={amount} is for {len(amount.items)} items, and the request holds {num_items}")
+    items = {medium: iter(amount.items) for medium, amount in budget.amounts.items() if amount.items}
+    counts = []
+    for extent in extents:
+        named = items.get(extent.medium)
+        amount = budget.amounts.get(extent.medium, Amount("max")) if named is None else next(named)
+        counts.append(_count_of(extent, amount, budget, space))
+    return counts
+
+
+def _count_of(extent: Extent, amount: Amount, budget: Budget, space: Space) -> TokenCount:
     medium_space = space.media[extent.medium]
     return medium_space.count(
         amount,
@@ -420,7 +438,7 @@ def _choices(extents: list[Extent], budget: Budget, space: Space) -> list[list[T
         for change in _changes(extents, budget, medium_space):
             one_amount = replace(budget, amounts={medium: amount}, **change)
             try:
-                choices.append([_count_of(extent, one_amount, space) for extent in extents])
+                choices.append(_counts_of(extents, one_amount, space))
             except ValueError as error:
                 refusals.append(error)
     if not choices:

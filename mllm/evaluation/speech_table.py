@@ -82,8 +82,8 @@ def column_of(row: Row) -> Column | None:
     if row["task"] not in TASKS:
         return None
     budget = Budget.parse(row["budget"])
-    if budget.total_tokens is not None:
-        return None  # its split differs from sample to sample
+    if budget.total_tokens is not None or budget.is_open:
+        return None  # what it becomes differs from sample to sample
     return Column(row["task"], tuple(budget.amounts.get(medium, Amount("max")) for medium in _STREAMS[row["task"]]))
 
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from mllm.budget import Budget, TokenCount
+from mllm.budget import Amount, Auto, Budget, TokenCount
 from mllm.processing.batch import EncodedSample, check_length
 from mllm.processing.processor import ElasticProcessor
+from mllm.router.allocation import allocate
 from mllm.router.features import MediaSet, features_of, media_set_of
 from mllm.router.heads import Heads
 from mllm.router.policy import MAX_GROWTHS, Policy
-from mllm.router.router import Router
+from mllm.router.router import MediaRouter, Router
 from mllm.router.table import Array
 
 KeptTokens = Callable[[EncodedSample, Sequence[Sequence[TokenCount]]], Array]
@@ -134,12 +135,54 @@ class BudgetChooser:
                 "router's budgets; drop the cap, or name another goal"
             )
         routed = self.router.of(media)
+        if (shared := self._shared_out(row, budget, budgets, routed)) is not None:
+            return shared
         policy = routed.policy(budget.auto, max_growths=self.max_growths)
         features = features_of(self.model, row, list(self.processor.placeholder_ids.values()))
         before = routed.heads.predict_before({name: block[None] for name, block in features.items()})
         first = int(policy.first(before, tokens[None])[0])
         kept = self._kept(row, budgets, tokens)
         return Choice(tuple(budgets), tokens, first, kept, policy, routed.heads, features)
+
+    def _shared_out(
+        self, row: EncodedSample, budget: Budget, budgets: Sequence[Budget], routed: MediaRouter
+    ) -> Choice | None:
+        """Share a cap out among several items of one medium, each at the budget that suits it.
+
+        What each is expected to bring is what the router expects of a request about this item alone. The sum is made as
+        large as the cap allows, exactly; it is answered once, since nobody knows what one more item would gain.
+
+        Returns:
+            None where there is no cap, one item, several media, or a goal or a cap that is of whole requests.
+
+        Raises:
+            ValueError: the smallest budgets together are above the cap.
+        """
+        (medium, *others) = media_set_of([span.extent.medium for span in row.spans])
+        goal = None if budget.auto is None else budget.auto.goal
+        settles_all = bool(budget.limits) or goal == "loss" or any(one.num_frames is not None for one in budgets)
+        if budget.total_tokens is None or others or len(row.spans) == 1 or settles_all:
+            return None
+        price = routed.policy(budget.auto or Auto(), max_growths=0).price
+        costs, gains, options = [], [], []
+        for span in row.spans:
+            item = replace(row, spans=(span,))
+            tokens, _ = self._tokens(item, replace(budget, total_tokens=None), budgets)
+            possible = np.flatnonzero(np.isfinite(tokens))
+            features = features_of(self.model, item, list(self.processor.placeholder_ids.values()))
+            expected = routed.heads.predict_before({name: block[None] for name, block in features.items()})[0]
+            options.append([budgets[number] for number in possible.tolist()])
+            costs.append(tokens[possible].astype(int).tolist())
+            gains.append((expected[possible] - price * tokens[possible]).tolist())
+        try:
+            chosen = allocate(costs, gains, budget.total_tokens)
+        except ValueError as error:
+            raise ValueError(f"sample {row.sample_id!r}: {error}") from error
+        amounts = [item[number].amounts[medium] for item, number in zip(options, chosen, strict=True)]
+        resolved = replace(options[0][chosen[0]], amounts={medium: Amount.of_items(amounts)})
+        counts = row.token_counts(resolved, self.processor.space)
+        check_length(row, counts, self.processor.context_tokens)
+        return Choice((resolved,), np.asarray([float(sum(count.tokens for count in counts))]), 0, np.zeros((1, 1)))
 
     def _kept(self, row: EncodedSample, budgets: Sequence[Budget], tokens: Array) -> Array:
         """Count what is kept (K, K) between budgets that the request can be answered at."""

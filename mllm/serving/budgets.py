@@ -177,7 +177,8 @@ class BudgetPolicy:
         most_frames, frames = self.cap.num_frames, budget.num_frames
         if most_frames is not None and "video" in budget.amounts and (frames is None or frames > most_frames):
             return False
-        return all(amount == NONE or amount in self.within(medium) for medium, amount in budget.amounts.items())
+        named = [(medium, one) for medium, amount in budget.amounts.items() for one in amount.items or (amount,)]
+        return all(amount == NONE or amount in self.within(medium) for medium, amount in named)
 
     def within(self, medium: str) -> list[Amount]:
         """Return the trained amounts of a medium that the cap allows, most tokens first."""

@@ -34,6 +34,7 @@ def tokens(budget: str, *extents: Extent) -> list[int]:
         "image=3,audio=0.05/s,total<=9",
         "auto,loss<=0.05",
         "audio=/4,video=none",
+        "image=64:4:16,audio=/4",
     ],
 )
 def test_parse_and_format_are_inverse(text: str) -> None:
@@ -194,3 +195,17 @@ def test_a_medium_is_left_out_where_training_did_so_and_another_one_stays() -> N
     ):
         with pytest.raises(ValueError, match=message):
             space(**blocks)
+
+
+def test_items_of_one_medium_may_have_amounts_of_their_own() -> None:
+    assert tokens("image=64:4,audio=/8", IMAGE, AUDIO, IMAGE) == [64, 12, 4]
+    assert tokens("image=64:4,audio=/8", AUDIO) == [12]
+    assert Budget.parse("image=4:4") == Budget.parse("image=4")
+    assert SPACE.is_trained(Budget.parse("image=64:4"))
+    assert not SPACE.is_trained(Budget.parse("image=64:5"))
+    assert tokens("image=64:4,total<=90", IMAGE, IMAGE, AUDIO) == [64, 4, 12]
+    for extents in ([IMAGE], [IMAGE] * 3):
+        with pytest.raises(ValueError, match=f"image=64:4 is for 2 items, and the request holds {len(extents)}"):
+            tokens("image=64:4", *extents)
+    with pytest.raises(ValueError, match="is not a count"):
+        Budget.parse("image=64:")

@@ -113,6 +113,11 @@ def test_rates_are_in_order_and_other_amounts_behind_them() -> None:
     titles = [column.title for column in blocks[0].columns]
     assert titles == ["ASR (4)", "ASR (16)", "ASR (max)", "ASR (12.5/s)", "ASR (64)"]
     assert comparison_of([row("vqa", "image=4", 1.0), row("asr", "audio=max,total<=90", 1.0)], "m") is None
+    # Two open budgets are not one pair of rates twice, and lips that are left out are an amount of their own.
+    assert comparison_of([row("avsr", "auto", 1.0), row("avsr", "auto,mean_tokens<=9", 1.0)], "m") is None
+    left_out = comparison_of([row("avsr", "audio=/4,video=none", 1.0), row("avsr", "audio=/4,video=/2", 1.0)], "m")
+    assert left_out is not None
+    assert [column.title for column in left_out.blocks[0].columns] == ["AVSR (4,2)", "AVSR (4,none)"]
 
 
 def test_answers_that_had_not_ended_are_told_below_the_table(tmp_path: Path) -> None:
