@@ -73,7 +73,8 @@ def test_the_settings_of_a_run_hold_values_and_start_it_again(world: Path, tmp_p
     }
     assert audio["projector"]["hidden_size"] == 32
     assert values["model"]["adapter"]["tasks"] == ["vqa"]
-    assert values["sampler"] == {"mode": "sandwich", "num_budgets": 3, "points": [], "distill_weight": 0.5}
+    sampler = {"mode": "sandwich", "num_budgets": 3, "points": [], "max_image_tokens": [], "distill_weight": 0.5}
+    assert values["sampler"] == sampler
     assert values["train"]["parts"] == ["compressors", "adapter"]
     config = read_run_config(values)
     assert resolved(config.model) == config.model
