@@ -44,6 +44,7 @@ from mllm.training.step import (
     make_training_batch,
     num_targets,
     split_by_budget,
+    tokens_of_views,
     total_loss,
 )
 
@@ -131,8 +132,9 @@ def packed_step(
 def low_memory_step(
     model: ElasticForConditionalGeneration, processor: ElasticProcessor, batch: Batch, budgets: Sequence[Budget]
 ) -> float:
-    """Go forward and backward once per budget on the same features; return the loss."""
-    return _learn(model, processor, batch, split_by_budget(fixed_views(batch.rows, budgets)))
+    """Go forward and backward once per group of budgets on the same features; return the loss."""
+    views = fixed_views(batch.rows, budgets)
+    return _learn(model, processor, batch, split_by_budget(views, tokens_of_views(batch.rows, views, processor.space)))
 
 
 def _learn(

@@ -27,7 +27,7 @@ from mllm.model.modeling import ElasticForConditionalGeneration, ElasticOutput, 
 from mllm.packing.attention import PackedAttention, enable_packing, obstacle
 from mllm.packing.pack import pack, packed_targets
 from mllm.packing.plan import SegmentPlan
-from mllm.processing.batch import Batch, EncodedSample, Expanded
+from mllm.processing.batch import Batch, EncodedSample, Expanded, num_prompt_tokens
 from mllm.processing.placeholders import IGNORED_LABEL
 from mllm.processing.processor import ElasticProcessor
 from mllm.training.loss import Loss, WeightedTargets, sink, with_auxiliary
@@ -104,18 +104,44 @@ def _views(budgets_by_row: Sequence[Sequence[SampledBudget]]) -> list[BudgetView
     return views
 
 
-def split_by_budget(views: Sequence[BudgetView]) -> list[list[BudgetView]]:
+def split_by_budget(views: Sequence[BudgetView], num_tokens: Sequence[int] | None = None) -> list[list[BudgetView]]:
     """Split views into as many groups as the row with most of them has: the first of every row, the second, ...
 
     A teacher stands in the first group, and `teacher` counts in that group; a view of the first is its own.
+
+    Args:
+        num_tokens: of each view, where they are going to be packed. Groups that have no more of them together than the
+            largest has alone are then one: a pass holds no more than before, and there are fewer.
     """
-    by_row: dict[int, list[BudgetView]] = {}
-    for view in views:
-        by_row.setdefault(view.row, []).append(view)
+    by_row: dict[int, list[int]] = {}
+    for number, view in enumerate(views):
+        by_row.setdefault(view.row, []).append(number)
     most = max(map(len, by_row.values()))
     groups = [[of_row[number] for of_row in by_row.values() if number < len(of_row)] for number in range(most)]
-    number_of_row = {view.row: index for index, view in enumerate(groups[0])}
-    return [[replace(view, teacher=number_of_row[view.row]) for view in group] for group in groups]
+    number_of_row = {views[number].row: index for index, number in enumerate(groups[0])}
+    if num_tokens is not None:
+        groups = _merged(groups, num_tokens)
+    return [[replace(views[number], teacher=number_of_row[views[number].row]) for number in group] for group in groups]
+
+
+def _merged(groups: Sequence[list[int]], num_tokens: Sequence[int]) -> list[list[int]]:
+    """Put groups of numbers together as long as none gets larger than the largest is; the first stays in front."""
+    sizes = [sum(num_tokens[number] for number in group) for group in groups]
+    most, merged, filled = max(sizes), [[*groups[0]]], [sizes[0]]
+    for index in sorted(range(1, len(groups)), key=lambda index: -sizes[index]):
+        fitting = [number for number, size in enumerate(filled) if size + sizes[index] <= most]
+        if not fitting:
+            merged.append([])
+            filled.append(0)
+        number = fitting[0] if fitting else -1
+        merged[number] += groups[index]
+        filled[number] += sizes[index]
+    return merged
+
+
+def tokens_of_views(rows: Sequence[EncodedSample], views: Sequence[BudgetView], space: Space) -> list[int]:
+    """Count the tokens of each view by itself, soft ones included."""
+    return [num_prompt_tokens(rows[view.row], rows[view.row].token_counts(view.budget, space)) for view in views]
 
 
 def taught_by_rows(views: Sequence[BudgetView]) -> list[BudgetView]:

@@ -4,8 +4,8 @@ Knows the model, its processor, sampled budgets and batches. Does not know files
 
 `training_step` is one micro-batch: rows at the step's budgets -> expanded and packed on the host -> one transfer -> one
 forward through the wrapped model, encoders once, logits at label positions only -> one loss -> one backward. With
-little memory the views go in groups, one budget of every row each: one forward and one backward per group, all on the
-same features. Losses and gradients are the same.
+little memory the views go in groups, one budget of every row each, or several small ones that have no more tokens than
+the largest: one forward and one backward per group, all on the same features. Losses and gradients are the same.
 
 Every random number of a step is a function of (seed, step, micro-batch, process), and the batches are a function of
 (seed, epoch): there is no generator state to keep, and a resumed run equals the uninterrupted one bit for bit.
@@ -49,6 +49,7 @@ from mllm.training.optimization import check_gradients, moments_of, named_groups
 from mllm.training.pipeline.worker_errors import readable_errors
 from mllm.training.selection import keep_best
 from mllm.training.step import (
+    BudgetView,
     Teacher,
     TrainingBatch,
     expand_views,
@@ -62,6 +63,7 @@ from mllm.training.step import (
     sampled_views,
     split_by_budget,
     taught_by_rows,
+    tokens_of_views,
     total_loss,
 )
 from mllm.training.throughput import Pace, mean_of
@@ -224,7 +226,7 @@ class ElasticTrainer(Trainer):
         with self.pace.watch.measure("step"):
             is_gated = self.processor.expert_names.is_gate
             views = sampled_views(batch.rows, self.sampler, step, args.task_weights, is_gated=is_gated)
-            groups = split_by_budget(views) if args.memory == "low" else [views]
+            groups = self._groups(batch, views)
             features = inputs.get("features", {})
             if (len(groups) > 1 or self.frozen_teacher is not None) and not features:
                 features = frozen_features(self.elastic, batch, device)
@@ -267,6 +269,14 @@ class ElasticTrainer(Trainer):
             check_sharded_gradients(self.deepspeed, step + 1)
         fail_point("step.end")
         return step_loss
+
+    def _groups(self, batch: Batch, views: Sequence[BudgetView]) -> list[list[BudgetView]]:
+        """Split the views of a step into those of one forward pass each."""
+        if self.args.memory != "low":
+            return [[*views]]
+        # Processes that gather weights in every pass need the same number of them, whatever their rows.
+        merges = self.packs and not is_sharded(self.elastic)
+        return split_by_budget(views, tokens_of_views(batch.rows, views, self.processor.space) if merges else None)
 
     def _frozen_teacher_states(self, batch: Batch, features: Mapping[str, Features]) -> Teacher | None:
         """Compute what all budgets learn from, where a frozen copy of what trains teaches."""

@@ -44,6 +44,7 @@ from mllm.training.step import (
     num_targets,
     pack_views,
     split_by_budget,
+    tokens_of_views,
     total_loss,
 )
 
@@ -227,15 +228,17 @@ def test_loss_and_every_gradient_are_those_of_one_pass_per_row_and_budget(name: 
     # The same, one group of views after the other, on features that are encoded once.
     features = frozen_features(model, batch, torch.device("cpu"))
     assert set(features) == batch.media
-    total = 0.0
-    first = None
-    for group in split_by_budget(views):
-        training_batch = pack_views(expand_views(batch, group, processor), group, processor, packed=True, teacher=first)
-        loss, outputs = run(model, training_batch, num_targets(batch.rows), features=features)
-        first = first or Teacher(training_batch.starts, outputs.target_states)
-        loss.total.backward()
-        total += loss.total.item()
-    assert_same(gradients(model), wanted)
+    for num_tokens in (None, tokens_of_views(batch.rows, views, processor.space)):
+        model.zero_grad()
+        first = None
+        for group in split_by_budget(views, num_tokens):
+            training_batch = pack_views(
+                expand_views(batch, group, processor), group, processor, packed=True, teacher=first
+            )
+            loss, outputs = run(model, training_batch, num_targets(batch.rows), features=features)
+            first = first or Teacher(training_batch.starts, outputs.target_states)
+            loss.total.backward()
+        assert_same(gradients(model), wanted)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -381,3 +384,18 @@ def test_groups_hold_one_budget_of_every_row_and_learn_from_the_first() -> None:
         [(0, "image=64", 0), (1, "text", 1)],
         [(0, "image=1", 0)],
     ]
+
+
+def test_small_groups_are_one_where_they_have_no_more_tokens_than_the_largest() -> None:
+    budgets = [Budget.parse(f"image={count}") for count in (64, 16, 36, 4, 1)]
+    views = _views([[SampledBudget(budget) for budget in budgets]])
+
+    def names(num_tokens: list[int]) -> list[list[str]]:
+        groups = split_by_budget(views, num_tokens)
+        assert all(view.teacher == 0 for group in groups for view in group)
+        return [[view.name for view in group] for group in groups]
+
+    assert names([74, 26, 46, 14, 11]) == [["image=64"], ["image=36", "image=16"], ["image=4", "image=1"]]
+    assert names([97, 20, 40, 8, 5]) == [["image=64"], ["image=36", "image=16", "image=4", "image=1"]]
+    assert names([10, 10, 10, 10, 10]) == [[f"image={count}"] for count in (64, 16, 36, 4, 1)]
+    assert names([10, 5, 30, 9, 20]) == [["image=64", "image=1"], ["image=36"], ["image=4", "image=16"]]
