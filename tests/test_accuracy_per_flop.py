@@ -22,7 +22,7 @@ def test_all_ways_spend_the_same_and_nothing_is_run_twice(tmp_path: Path, monkey
     torch.set_num_threads(threads)
     runs = {run.way: run for run in accuracy_per_flop.read_outcomes(out / "runs.jsonl")}
     assert set(runs) == set(accuracy_per_flop.WAYS)
-    assert runs["random"].steps > 2 * runs["packed"].steps
+    assert min(runs["random"].steps, runs["few rows"].steps) > 2 * runs["packed"].steps
     assert runs["packed"].steps > runs["separate"].steps >= 1
     assert all(0.4 < run.spent / run.limit <= 1 for run in runs.values())
     assert all(len(run.accuracies) == 8 and 0 <= run.mean <= 1 for run in runs.values())
@@ -31,7 +31,7 @@ def test_all_ways_spend_the_same_and_nothing_is_run_twice(tmp_path: Path, monkey
     torch.set_num_threads(threads)
     assert (out / "runs.jsonl").read_text() == before
     assert json.loads(before.splitlines()[0])["way"] == "packed"
-    assert len((out / "table.md").read_text().splitlines()) == 5
+    assert len((out / "table.md").read_text().splitlines()) == 6
     assert (out / "accuracy_per_flop.png").is_file()
 
 

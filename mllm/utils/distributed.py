@@ -51,7 +51,8 @@ def prepare_launch(*, use_cpu: bool, deepspeed: bool) -> bool:
         Whether this is a CPU run.
 
     Raises:
-        ValueError: fewer processes than the launcher started found each other, or DeepSpeed cannot be used here.
+        ValueError: fewer processes than the launcher started found each other, DeepSpeed cannot be used here, or the
+            launcher asks for FSDP.
     """
     import torch
     from accelerate import PartialState
@@ -60,6 +61,7 @@ def prepare_launch(*, use_cpu: bool, deepspeed: bool) -> bool:
         "TOKENIZERS_PARALLELISM", "false"
     )  # workers that decode are forked from a process that tokenised
     on_cpu = use_cpu or not torch.cuda.is_available()
+    _refuse_fsdp()
     deepspeed = deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true")
     if deepspeed:
         check_deepspeed(on_cpu=on_cpu)
@@ -70,6 +72,19 @@ def prepare_launch(*, use_cpu: bool, deepspeed: bool) -> bool:
         if deepspeed:
             _start_deepspeed_on_cpu()
     return on_cpu
+
+
+def _refuse_fsdp() -> None:
+    """Refuse what would save the shard of one process as the whole.
+
+    Raises:
+        ValueError: the launcher's config asks for FSDP; names the way that shards frozen weights too.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+        raise ValueError(
+            "the launcher asks for FSDP (ACCELERATE_USE_FSDP), whose shards cannot be saved as a run; to shard the LLM "
+            "over GPUs take ZeRO-3: accelerate launch --config_file configs/accelerate_zero3.yaml"
+        )
 
 
 def finish_launch() -> None:

@@ -20,6 +20,12 @@ def test_processes_that_do_not_find_each_other_are_refused(monkeypatch: pytest.M
     distributed.check_process_count(1)
 
 
+def test_fsdp_is_refused_before_a_shard_is_saved_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"asks for FSDP .* take ZeRO-3: .*configs/accelerate_zero3.yaml"):
+        distributed.prepare_launch(use_cpu=True, deepspeed=False)
+
+
 def test_deepspeed_needs_ninja_and_a_compiler_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"not installed: pip install -e '\.\[deepspeed\]'"):
