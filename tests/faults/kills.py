@@ -11,12 +11,14 @@ from ground import Ground, Outcome
 from test_readers import PRETRAIN, clip
 from world import digests_of_run, problems_of_run
 
+from mllm.checkpoints.load import TRAINABLES
 from mllm.commands import data_import
 from mllm.lip_crops import run as lip_crops
 from mllm.lip_crops.config import LipCropsConfig
 from mllm.training.feature_cache.check import check_features
 from mllm.training.run_folder import newest_checkpoint
 from mllm.utils.files import digest_of_file
+from mllm.utils.sealing import read_manifest
 
 SAVING = ["checkpoint.written", "checkpoint.sealed", "checkpoint.named", "checkpoint.deleting"]
 TRAINING = [*SAVING, "model.written", "model.moving", "step.begin", "step.end", "decode", "collate"]
@@ -48,8 +50,10 @@ def kills_in_the_last_save(ground: Ground, tries: int, rng: random.Random) -> Ou
 
     Until then a model is the one of before or none, and `resume` makes it from the last checkpoint.
     """
-    outcome, num_files = Outcome(), sum(1 for _ in ground.run.glob("[!.c]*.*")) - 1
-    places = [*LAST_SAVE, *(f"model.moving@{number}" for number in range(1, 1 + num_files))]
+    outcome, sealed = Outcome(), read_manifest(ground.run)["files"]
+    # The files of the processor, all but two, take their names before the first step; the manifest is the last of all.
+    passed = len(sealed) - len({"config.json", TRAINABLES} & set(sealed))
+    places = [*LAST_SAVE, *(f"model.moving@{passed + number}" for number in range(1, len(sealed) + 2))]
     for number in range(tries):
         place, run = places[number % len(places)], ground.fresh("try") / "run"
         name, count = place.split("@")
