@@ -27,7 +27,7 @@ from typing import Literal
 from mllm.budget.automatic import GOALS, LIMITS, Auto, Limit, is_automatic, read_automatic
 
 MEDIA = ("image", "audio", "video")
-FORMS = "a count (64), a rate (/4), tokens per second (12.5/s), max or none"
+FORMS = "a count (64), a rate (/4), tokens per second (12.5/s), max or none; or one of them for each item (64:16)"
 
 
 @dataclass(frozen=True)

@@ -159,6 +159,8 @@ class BudgetPolicy:
                 self.space.check(budget)
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from error
+            if several := [f"{medium}={amount}" for medium, amount in budget.amounts.items() if amount.items]:
+                raise ValueError(f"{key} {several[0]} is for requests of so many items; give one amount for all")
         for medium, amount in self.cap.amounts.items():
             kinds = {trained.kind for trained in self.space.media[medium].trained}
             if amount.kind not in kinds:
@@ -220,7 +222,10 @@ class BudgetPolicy:
         if (choosing := self._choosing(media, wishes)) is not None:
             chosen = tuple(ItemBudget(medium, Budget(), "budget", is_free=True) for medium, _ in media)
             return RequestBudget(chosen, None, choosing=self._capped(replace(choosing, total_tokens=total)))
-        items = [self._item(medium, beside_medium, wishes) for medium, beside_medium in media]
+        bodies = _by_item([medium for medium, _ in media], wishes)
+        items = [
+            self._item(medium, beside_medium, body) for (medium, beside_medium), body in zip(media, bodies, strict=True)
+        ]
         if total is None:
             items = [
                 replace(item, budget=self._largest(item), is_free=False) if item.is_free else item for item in items
@@ -364,6 +369,30 @@ class BudgetPolicy:
                 f"{cap}, so {allowed}",
                 item.where,
             )
+
+
+def _by_item(media: Sequence[str], body: Wishes) -> list[Wishes]:
+    """Return what the body says of every item: of amounts that are named one by one, its own.
+
+    Raises:
+        RequestError: 400, amounts of another number of items than the request holds.
+    """
+    named = body.budget or Budget()
+    for medium, amount in named.amounts.items():
+        if amount.items and len(amount.items) != (held := list(media).count(medium)):
+            raise bad_request(
+                f"the budget {str(named)!r} is for {len(amount.items)} items of {medium}, and the request holds {held}",
+                "budget",
+            )
+    if not any(amount.items for amount in named.amounts.values()):
+        return [body] * len(media)
+    left = {medium: iter(amount.items) for medium, amount in named.amounts.items() if amount.items}
+    return [
+        replace(body, budget=replace(named, amounts=named.amounts | {medium: next(left[medium])}))
+        if medium in left
+        else body
+        for medium in media
+    ]
 
 
 def _says(media: Sequence[tuple[str, Wishes]], body: Wishes) -> bool:

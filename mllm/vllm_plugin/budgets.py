@@ -43,5 +43,10 @@ def budget_of(options: Mapping[str, object], space: Space) -> Budget:
         raise ValueError(
             f"budget {str(budget)!r}: vLLM has a place for every medium of a prompt; send none of {left_out[0]} instead"
         )
+    if several := [medium for medium, amount in budget.amounts.items() if amount.kind == "each"]:
+        raise ValueError(
+            f"budget {str(budget)!r}: vLLM counts every {several[0]} of a prompt alike; give one amount. "
+            "`mllm serve --engine vllm` takes one for each, beside each in the request"
+        )
     space.check(budget)
     return budget

@@ -70,6 +70,14 @@ def test_every_medium_and_item_has_its_own() -> None:
     assert tokens({"media_resolution": "low"}, *media) == [1, 16, 5, 4]
     # `budget` names no image, so what stands beside it still counts.
     assert tokens({"budget": "audio=12.5/s"}, ("image", {"max_soft_tokens": 4}), ("audio", {})) == [4, 10]
+    # Amounts one by one, and one of them said anew beside its image.
+    assert tokens({"budget": "image=64:16:4,audio=/8"}, *[("image", {}), ("audio", {})], *[("image", {})] * 2) == [
+        64,
+        5,
+        16,
+        4,
+    ]
+    assert tokens({"budget": "image=64:16:4"}, *media[1:2], *[("image", {})] * 2) == [16, 16, 4]
 
 
 def test_a_cap_on_the_sum_takes_the_largest_split() -> None:
@@ -128,6 +136,8 @@ def test_an_open_budget_keeps_to_the_cap_on_tiles_and_frames() -> None:
     [
         ({"budget": "image=65"}, {}, "", r"image=65 cannot be met: allowed are counts 1\.\.64"),
         ({"budget": "image=0"}, {}, "", r"must be above 0"),
+        ({"budget": "image=64:16"}, {}, "", r"is for 2 items of image, and the request holds 1"),
+        ({}, {"budget": "image=64:16"}, "", r"image=64:16 is for 2 items, and the request holds 1"),
         ({"budget": "image=-3"}, {}, "", r"is not a count"),
         ({"budget": "image=4.5"}, {}, "", r"is not a count"),
         ({"budget": "image=1e3"}, {}, "", r"is not a count"),
@@ -184,6 +194,8 @@ def test_images_of_a_request_without_images_are_not_spoken_of() -> None:
         ("", "audio=/16", "max_budget audio=/16 is below every trained budget"),
         ("image=64", "image=16", "budget image=64 is above max_budget image=16"),
         ("", "auto", "max_budget is 'auto'; write it in amounts"),
+        ("image=64:16", "", "budget image=64:16 is for requests of so many items"),
+        ("", "image=64:16", "max_budget image=64:16 is for requests of so many items"),
     ],
 )
 def test_settings_that_no_request_could_meet_are_refused(default: str, cap: str, message: str) -> None:

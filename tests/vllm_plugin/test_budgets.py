@@ -35,6 +35,7 @@ def test_the_forms_of_a_budget(options: dict[str, Any], budget: str) -> None:
         ({"budget": "image=16", "max_soft_tokens": 16}, "one of them says it"),
         ({"max_soft_tokens": "16"}, "max_soft_tokens is '16'; it must be a whole number above 0"),
         ({"max_soft_tokens": True}, "max_soft_tokens is True"),
+        ({"budget": "image=64:16"}, "vLLM counts every image of a prompt alike; give one amount"),
         ({"num_crops": 4}, "holds 'num_crops'; allowed: budget, max_soft_tokens"),
     ],
 )
