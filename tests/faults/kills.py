@@ -163,13 +163,16 @@ def kills_in_feature_building(ground: Ground, tries: int, rng: random.Random) ->
     for number in range(tries):
         folder = ground.fresh("try")
         work = lambda folder=folder: ground.world.make_features(folder)  # noqa: E731
+        problems = []
         if number % 2:
-            run_child(work, ground.log, fail_point=f"{['features.shard', 'features.index'][number // 2 % 2]}:kill")
+            point = ["features.shard", "features.index"][number // 2 % 2]
+            ended = run_child(work, ground.log, fail_point=f"{point}:kill")
+            problems += [] if ended.code == KILLED else [f"ended with {ended.code}: {ended.said[-300:]}"]
         else:
             after = reference.seconds * rng.uniform(0.2, 1.0)
             run_child(work, ground.log, signal_after=(after, signal.SIGKILL))
         ended = run_child(work, ground.log)
-        problems = [ended.said[-300:]] if ended.code else []
+        problems += [ended.said[-300:]] if ended.code else []
         config = ground.world.config(folder / "run", features=folder / "features")
         problems = problems or check_features(folder / "features", config).problems
         outcome.add(problems, f"try {number}")

@@ -27,26 +27,28 @@ def cases_of(*files: str, marks: str = "not slow") -> Callable[[Ground, int, ran
 
     def run(ground: Ground, tries: int, rng: random.Random) -> Outcome:
         report = ground.folder / "report.xml"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-m",
-            marks,
-            *files,
-            f"--junit-xml={report}",
-            "-p",
-            "no:cacheprovider",
-        ]
-        subprocess.run(
-            command, cwd=TESTS.parent, env={**os.environ, "ALL_FAULTS": "1"}, capture_output=True, check=False
+        report.unlink(missing_ok=True)  # of the row before
+        options = ["-m", marks, f"--junit-xml={report}", "-p", "no:cacheprovider"]
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *options, *files],
+            cwd=TESTS.parent,
+            env={**os.environ, "ALL_FAULTS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
         )
         outcome = Outcome()
+        if done.returncode not in (
+            0,
+            1,
+        ):  # it has not tried them: no such file, one that cannot be imported, or a death
+            outcome.add([f"pytest ended with {done.returncode}: {(done.stdout + done.stderr)[-300:]}"], files[0])
+            return outcome
         for case in ET.parse(report).iter("testcase"):
             if case.find("skipped") is None:
                 bad = [child.get("message", "") for child in case if child.tag in ("failure", "error")]
-                tries = case.find("properties/property[@name='tries']")
-                for _ in range(1 if tries is None else int(tries.get("value", ""))):
+                recorded = case.find("properties/property[@name='tries']")
+                for _ in range(1 if recorded is None else int(recorded.get("value", ""))):
                     outcome.add(bad, case.get("name", ""))
         return outcome
 

@@ -29,7 +29,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, ob
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900, check=False
     )
     assert out.exists(), done.stderr[-4000:]
-    return json.loads(out.read_text())
+    outcomes = json.loads(out.read_text())
+    assert set(outcomes) == set(ROWS)
+    return outcomes
 
 
 @pytest.mark.slow
