@@ -51,6 +51,7 @@ from mllm.training.run_folder import Checkpoint, delete_old, remove_leftovers, r
 from mllm.training.throughput import Stopwatch
 from mllm.training.trainer import ElasticTrainer, Metric, Validation
 from mllm.training.watchdog import remove_reports, watched
+from mllm.utils.broken_packages import hide_broken_deepspeed
 from mllm.utils.distributed import check_process_count, prepare_launch
 from mllm.utils.files import write_text_whole
 from mllm.utils.registry import load_plugins
@@ -159,6 +160,7 @@ def launch(config: RunConfig) -> ElasticArguments:
         ValueError: processes that did not find each other, or a loss kernel or DeepSpeed that cannot run here.
     """
     on_cpu = prepare_launch(use_cpu=config.train.use_cpu, deepspeed=config.train.deepspeed is not None)
+    hide_broken_deepspeed()
     arguments = build_arguments(config, on_cpu=on_cpu)
     check_process_count(arguments.world_size)
     return arguments

@@ -27,10 +27,11 @@ def hide_broken_packages() -> None:
 
 
 def hide_broken_deepspeed() -> None:
-    """Let accelerate do without a DeepSpeed that is installed but cannot be imported, where nobody asks for it.
+    """Let accelerate do without a DeepSpeed that is installed but cannot be imported.
 
     accelerate imports it at the end of every training. It fails for want of CUDA's compiler, for one. Call this where a
-    training begins, which alone pays for the import; a second call does nothing.
+    training begins, which alone pays for the import, behind the check of a run that asks for it; a second call does
+    nothing.
     """
     if _is_installed("deepspeed"):
         _hide_if_broken("deepspeed")

@@ -17,7 +17,6 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from mllm.utils.broken_packages import hide_broken_deepspeed
 from mllm.utils.compile_locks import free_locks
 from mllm.utils.extras import install_line
 
@@ -65,8 +64,6 @@ def prepare_launch(*, use_cpu: bool, deepspeed: bool) -> bool:
     deepspeed = deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true")
     if deepspeed:
         check_deepspeed(on_cpu=on_cpu)
-    else:
-        hide_broken_deepspeed()
     if on_cpu:
         check_process_count(PartialState(cpu=True).num_processes)
         if deepspeed:

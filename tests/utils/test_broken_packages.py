@@ -9,6 +9,7 @@ import tiny
 
 from mllm.checkpoints.build import build
 from mllm.checkpoints.load import save_run
+from mllm.config.run import DataConfig, RunConfig, TrainConfig, config_yaml
 from mllm.model.trainables import set_trainables
 
 ROOT = Path(__file__).parents[2]
@@ -28,8 +29,14 @@ mllm.register()
 mllm.register()
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 assert type(AutoConfig.for_model("elastic")).__name__ == "ElasticConfig"
+from pathlib import Path
+import yaml
+from mllm.config.run import read_run_config
+from mllm.training.run import launch
 from mllm.utils.distributed import prepare_launch
 prepare_launch(use_cpu=True, deepspeed=False)
+assert "deepspeed" not in sys.modules  # evaluations do not wait for its import
+launch(read_run_config(yaml.safe_load(Path(sys.argv.pop(1)).read_text())))
 import torch
 from accelerate.utils import extract_model_from_parallel
 extract_model_from_parallel(torch.nn.Linear(1, 1))  # as at the end of every training
@@ -56,14 +63,17 @@ def test_importing_says_nothing_of_them(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_names_registration_and_an_answer_do_without_them(tmp_path: Path) -> None:
-    model, processor = build(tiny.settings_on(tiny.write_parts(tmp_path / "parts"), ["audio"]))
+    settings = tiny.settings_on(tiny.write_parts(tmp_path / "parts"), ["audio"])
+    model, processor = build(settings)
     set_trainables(model)
     save_run(model, processor, tmp_path / "run")
     audio = tmp_path / tiny.write_media(tmp_path)["audio"]
     (tmp_path / "broken").mkdir()
-    said = run_beside_broken_packages(
-        tmp_path / "broken", USED, "--model", str(tmp_path / "run"), "--audio", str(audio)
-    )
+    train = TrainConfig(out=str(tmp_path / "trained"), max_steps=1, use_cpu=True)
+    config = RunConfig(model=settings, data=DataConfig(train=["train.jsonl"]), train=train)
+    (tmp_path / "run.yaml").write_text(config_yaml(config))
+    words = [tmp_path / "run.yaml", "--model", tmp_path / "run", "--audio", audio]
+    said = run_beside_broken_packages(tmp_path / "broken", USED, *map(str, words))
     for name in ("torchaudio", "deepspeed"):
         assert f"{name} is installed but broken and is left out" in said
     assert "soft tokens: audio 10" in said
