@@ -3,7 +3,7 @@
 Knows terminals. Does not know what is done.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -26,6 +26,6 @@ def reporting(what: str, *, is_shown: bool) -> Iterator[Callable[[int, int], Non
         yield report
 
 
-def counted(items: Iterable[Item], what: str, *, total: int | None = None, is_shown: bool) -> Iterable[Item]:
+def counted(items: Sequence[Item], what: str, *, is_shown: bool) -> Iterable[Item]:
     """Pass items on, and show how many there were."""
-    return tqdm(items, desc=what, total=total, disable=not is_shown, delay=DELAY_SECONDS)
+    return tqdm(items, desc=what, disable=not is_shown, delay=DELAY_SECONDS)

@@ -144,7 +144,7 @@ def check_files(samples: Sequence[Sample], name: str, max_bad_fraction: float, *
     Raises:
         ManyLines: more do; the first are named.
     """
-    counting = counted(samples, f"looking up files of {name}", total=len(samples), is_shown=is_shown)
+    counting = counted(samples, f"looking up files of {name}", is_shown=is_shown)
     missing = list(missing_media(counting))
     if not missing:
         return
