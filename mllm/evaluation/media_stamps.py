@@ -7,7 +7,7 @@ import hashlib
 import os
 
 from mllm.data.manifest import Sample
-from mllm.media.packed import packed_location
+from mllm.media.packed import file_stamp
 
 DIGEST_BYTES = 8
 NO_MEDIA = ""
@@ -21,14 +21,5 @@ def media_stamp_of(sample: Sample) -> str:
     """
     if not sample.media:
         return NO_MEDIA
-    stamps = [_stamp_of(os.path.join(sample.root, part.path)) for part in sample.media]
+    stamps = [file_stamp(os.path.join(sample.root, part.path)) for part in sample.media]
     return hashlib.blake2b(repr(stamps).encode(), digest_size=DIGEST_BYTES).hexdigest()
-
-
-def _stamp_of(path: str) -> tuple[int, int] | None:
-    location = None if os.path.lexists(path) else packed_location(path)
-    try:
-        facts = os.stat(path if location is None else location.file)
-    except (OSError, ValueError):  # answering says what is wrong with it
-        return None
-    return facts.st_size, facts.st_mtime_ns

@@ -45,6 +45,19 @@ def packed_path(file: str, *numbers: int) -> str:
     return f"{file}@{'.'.join(map(str, numbers))}"
 
 
+def file_stamp(path: str) -> tuple[int, int] | None:
+    """Return size and time, in nanoseconds, of a medium's file, or of the one it stands in; None where there is none.
+
+    It opens nothing, and says the same of a file that reading would refuse.
+    """
+    location = None if os.path.lexists(path) else packed_location(path)
+    try:
+        facts = os.stat(path if location is None else location.file)
+    except (OSError, ValueError):  # reading says what is wrong with it
+        return None
+    return facts.st_size, facts.st_mtime_ns
+
+
 def packed_bytes(name: str, location: Packed, max_bytes: int, key: str | None = None) -> bytes:
     """Read the bytes of a place.
 

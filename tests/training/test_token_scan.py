@@ -192,6 +192,20 @@ def test_a_scan_is_kept_until_a_file_the_tokenizer_or_its_template_changes(tmp_p
     assert scanned(other) < 1000
 
 
+def test_a_scan_is_made_anew_where_the_tar_changes_that_a_medium_stands_in(tmp_path: Path) -> None:
+    content = bytearray((tmp_path / tiny.write_media(tmp_path, seconds=0.8)["audio"]).read_bytes())
+    (tmp_path / "a.tar").write_bytes(bytes(512) + content)
+    heard = (Message("user", (Media("audio", f"a.tar@512.{len(content)}"),)), GOOD.messages[1])
+    samples = [dataclasses.replace(GOOD, messages=heard, root=tmp_path)]
+    processor = tiny.processor(tiny.settings(("audio",)))
+    [before] = scan_tokens(samples, processor, cache_file=tmp_path / "kept.json").max_tokens
+    rate_hz = int.from_bytes(content[24:28], "little")
+    content[24:28] = (2 * rate_hz).to_bytes(4, "little")  # half as long, of as many bytes
+    (tmp_path / "a.tar").write_bytes(bytes(512) + content)
+    [after] = scan_tokens(samples, processor, cache_file=tmp_path / "kept.json").max_tokens
+    assert after == before - 5  # 20 frames less, at /4
+
+
 def test_refused_conversations_are_kept_apart_and_stop_a_run_only_when_they_are_many(
     processor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -31,6 +31,7 @@ from mllm.data.skipped import too_many_bad
 from mllm.media import MediaError, MediaLimits, resolve_media
 from mllm.media.headers import header_seconds
 from mllm.media.image import header_pixels
+from mllm.media.packed import file_stamp
 from mllm.processing.batch import EncodedSample, MediaSpan
 from mllm.processing.chat import ChatEncoder, RefusedConversation
 from mllm.processing.placeholders import IGNORED_LABEL
@@ -452,7 +453,7 @@ def _key(
     measured = _measured_media(processor)
     for sample in samples:
         media = measured if _stated_seconds(sample) is None else measured & {"image"}
-        stamps = [_stamp(part, sample) for part in sample.media if part.medium in media]
+        stamps = [file_stamp(os.path.join(sample.root, part.path)) for part in sample.media if part.medium in media]
         digest.update(repr((sample.id, sample.messages, sorted(sample.meta.items(), key=str), stamps)).encode())
     return digest.hexdigest()
 
@@ -474,15 +475,6 @@ def _measured_media(processor: ElasticProcessor) -> set[str]:
     streams = {medium for medium, facts in processor.facts.items() if facts.grid is None}
     is_free = processor.host is not None or processor.loads_by_budget
     return (streams | {"image"}) & set(processor.space.media) if is_free else streams - {"image"}
-
-
-def _stamp(part: Media, sample: Sample) -> tuple[int, int] | None:
-    """Return size and time of a file; None where it is not there or may not be read."""
-    try:
-        status = os.stat(resolve_media(sample.root, part.path))
-    except (MediaError, OSError):
-        return None
-    return status.st_size, status.st_mtime_ns
 
 
 def _stated_seconds(sample: Sample) -> float | None:
