@@ -9,6 +9,7 @@ others want beside those stands with them in `HOSTS`; families that want what is
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import transformers
@@ -149,7 +150,22 @@ class HostFamily:
         return "audio" if self.clips is not None else "image"
 
 
-_MERGED = Patches(patches.merged_inputs, patches.merged_features, patches.merged_smallest, patches.num_merged)
+_GRIDS = partial(
+    HostFamily,
+    encoder="visual",
+    merging=("merger",),
+    patches=Patches(patches.merged_inputs, patches.merged_features, patches.merged_smallest, patches.num_merged),
+    has_grid_positions=True,
+)
+"""What the Qwens and GLM-4V have in common: squares of patches are merged, and positions are those of a grid."""
+_QWEN3_VL = partial(
+    _GRIDS, processor_class="Qwen3VLProcessor", merging=("merger", "deepstack_merger_list"), channels=Levels()
+)
+_QWEN3_5 = partial(
+    _GRIDS,
+    processor_class="Qwen3VLProcessor",
+    reads_whole="its layers of linear attention keep one state of all they have read",
+)
 
 _GEMMA_BREAK = 108
 """The id of a line break in all vocabularies of Gemma 1 and 2."""
@@ -187,57 +203,14 @@ HOSTS: dict[str, HostFamily] = {
     "cohere2_vision": HostFamily(
         "Cohere2VisionForConditionalGeneration", "Cohere2VisionProcessor", images=Images(tiles.downsampled_grid)
     ),
-    "qwen2_vl": HostFamily(
-        "Qwen2VLForConditionalGeneration",
-        "Qwen2VLProcessor",
-        encoder="visual",
-        merging=("merger",),
-        patches=_MERGED,
-        has_grid_positions=True,
-    ),
-    "qwen2_5_vl": HostFamily(
-        "Qwen2_5_VLForConditionalGeneration",
-        "Qwen2_5_VLProcessor",
-        encoder="visual",
-        merging=("merger",),
-        patches=_MERGED,
-        has_grid_positions=True,
-    ),
-    **{
-        family: HostFamily(
-            f"{name}ForConditionalGeneration",
-            "Qwen3VLProcessor",
-            encoder="visual",
-            merging=("merger", "deepstack_merger_list"),
-            patches=_MERGED,
-            channels=Levels(),
-            has_grid_positions=True,
-        )
-        for family, name in (("qwen3_vl", "Qwen3VL"), ("qwen3_vl_moe", "Qwen3VLMoe"))
-    },
-    **{
-        family: HostFamily(
-            f"{name}ForConditionalGeneration",
-            "Qwen3VLProcessor",
-            encoder="visual",
-            merging=("merger",),
-            patches=_MERGED,
-            has_grid_positions=True,
-            reads_whole="its layers of linear attention keep one state of all they have read",
-        )
-        for family, name in (("qwen3_5", "Qwen3_5"), ("qwen3_5_moe", "Qwen3_5Moe"))
-    },
-    **{
-        family: HostFamily(
-            f"{name}ForConditionalGeneration",
-            "Glm4vProcessor",
-            encoder="visual",
-            merging=("merger",),
-            patches=_MERGED,
-            has_grid_positions=True,
-        )
-        for family, name in (("glm4v", "Glm4v"), ("glm4v_moe", "Glm4vMoe"))
-    },
+    "qwen2_vl": _GRIDS("Qwen2VLForConditionalGeneration", "Qwen2VLProcessor"),
+    "qwen2_5_vl": _GRIDS("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLProcessor"),
+    "qwen3_vl": _QWEN3_VL("Qwen3VLForConditionalGeneration"),
+    "qwen3_vl_moe": _QWEN3_VL("Qwen3VLMoeForConditionalGeneration"),
+    "qwen3_5": _QWEN3_5("Qwen3_5ForConditionalGeneration"),
+    "qwen3_5_moe": _QWEN3_5("Qwen3_5MoeForConditionalGeneration"),
+    "glm4v": _GRIDS("Glm4vForConditionalGeneration", "Glm4vProcessor"),
+    "glm4v_moe": _GRIDS("Glm4vMoeForConditionalGeneration", "Glm4vProcessor"),
     "gemma3": HostFamily(
         "Gemma3ForConditionalGeneration",
         "Gemma3Processor",
