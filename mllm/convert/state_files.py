@@ -6,7 +6,6 @@ What is as large as an LLM stays in its files (`StoredWeight`) until it is read,
 """
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +21,6 @@ SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 LIGHTNING_PREFIX = "model."
 """Lightning puts this before the names of the module it trains."""
 INDEX_SUFFIX = ".index.json"
-_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-_BYTES |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
 WHOLE_MODELS = ("model.safetensors", "pytorch_model.bin")
 """The names that hubs give the weights of a model; with the suffix of an index where they lie in several files."""
 
@@ -150,9 +147,9 @@ def _find_safetensors(path: Path) -> dict[str, StoredWeight]:
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (it is no mapping)
-                shape = tuple(file.get_slice(name).get_shape())
-                num_bytes = math.prod(shape) * _BYTES[file.get_slice(name).get_dtype()]
-                state[name] = StoredWeight(path, name, shape, num_bytes, partial(_read_safetensor, path, name))
+                tensor = file.get_tensor(name)  # its numbers stay on the disk until they are used
+                load = partial(_read_safetensor, path, name)
+                state[name] = StoredWeight(path, name, tuple(tensor.shape), tensor.nbytes, load)
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or is cut: {error}") from error
     return state

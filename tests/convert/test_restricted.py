@@ -1,10 +1,12 @@
 """Reading `.pt` files: tensors come out as they went in, and nothing in a file is ever run."""
 
 import argparse
+import json
 import os
 import pickle
 import random
 import resource
+import struct
 import time
 import zipfile
 from collections import OrderedDict
@@ -17,7 +19,7 @@ from safetensors.torch import save_file
 
 from mllm.convert.av_hubert import convert_file
 from mllm.convert.restricted import Inert, StoredTensor, plain, read_checkpoint
-from mllm.convert.state_files import read_state
+from mllm.convert.state_files import find_state, read_state
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "pt"
 FORMATS = [pytest.param(True, id="archive"), pytest.param(False, id="stream")]
@@ -285,3 +287,37 @@ def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path: Path, suffix:
     torch.save(state, path) if suffix == "pt" else save_file(state, path)
     with pytest.raises(ValueError, match=rf"x\.{suffix} is damaged, or its training was: bitten holds"):
         read_state(path)
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "int16", "uint64", "bool", "complex64", "float8_e8m0fnu"])
+def test_every_type_of_numbers_is_found_and_read(tmp_path: Path, name: str) -> None:
+    dtype = getattr(torch, name)
+    stored = torch.ones(2, 3).to(dtype)
+    save_file({"w": stored, "scalar": stored[0, 0].clone()}, tmp_path / "x.safetensors")
+    weights = find_state(tmp_path / "x.safetensors")
+    assert {name: (one.shape, one.num_bytes) for name, one in weights.items()} == {
+        "w": ((2, 3), 6 * dtype.itemsize),
+        "scalar": ((), dtype.itemsize),
+    }
+    read = weights["w"].read()
+    assert read.dtype == dtype
+    assert torch.equal(read.view(torch.uint8), stored.view(torch.uint8))
+
+
+def test_a_type_that_torch_does_not_know_is_refused_by_the_file(tmp_path: Path) -> None:
+    head = json.dumps({"w": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + bytes(3))
+    with pytest.raises(ValueError, match=r"x\.safetensors"):
+        read_state(tmp_path / "x.safetensors")
+
+
+def test_finding_weights_reads_no_numbers(tmp_path: Path) -> None:
+    num_bytes = 2 * MAX_GROWTH_BYTES
+    save_file({"w": torch.zeros(num_bytes, dtype=torch.uint8)}, tmp_path / "x.safetensors")
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    before = resident()
+    assert find_state(tmp_path / "x.safetensors")["w"].num_bytes == num_bytes
+    assert resident() - before < MAX_GROWTH_BYTES
