@@ -291,8 +291,7 @@ def _load(
             )
         if sources:
             raise ValueError(f"sources is given, but {folder} is no run: an export holds all of its parts")
-        known = attention if config.host_config is None else known_attention(config.get_text_config(), attention)
-        implementation = {"text_config": known}
+        implementation = {"text_config": known_attention(config.get_text_config(), attention)}
         exported = load_checked(
             ElasticForConditionalGeneration,
             str(folder),

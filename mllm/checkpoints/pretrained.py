@@ -11,6 +11,7 @@ Knows which names the checkpoints of a family give to a part. Does not know what
 """
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +50,8 @@ from mllm.checkpoints.sources import (
 from mllm.config.model import QuantizationConfig
 from mllm.encoders import ENCODERS, backbone_class, backbone_config, register_av_hubert
 from mllm.hosts import build_host, find_family, host_class, reading_parts
+
+logger = logging.getLogger(__name__)
 
 MAX_LAYERS = 1_000
 NAMED_TENSORS = 4
@@ -181,12 +184,16 @@ def load_host(
 
 
 def known_attention(text: Any, attention: str) -> str:
-    """Return what is to compute the attention of a host's LLM: eager for sdpa where its class knows no other.
+    """Return what is to compute the attention of an LLM: eager for sdpa where its class knows no other, which it logs.
 
-    Some LLMs, such as Gemma 2 in PaliGemma 2, cap attention logits, which sdpa cannot; transformers takes eager then.
+    Some LLMs, such as Gemma 2, cap attention logits, which sdpa cannot. transformers takes eager then where nothing is
+    asked for, and refuses sdpa by its name, which is the default here.
     """
     llm_class: Any = MODEL_MAPPING.get(type(text), None)
-    return "eager" if attention == "sdpa" and llm_class is not None and not llm_class._supports_sdpa else attention
+    if attention != "sdpa" or llm_class is None or llm_class._supports_sdpa:
+        return attention
+    logger.warning("attention is computed as eager: the LLM is a %s, which does not go with sdpa", text.model_type)
+    return "eager"
 
 
 def encoder_config(reference: str, medium: str) -> PreTrainedConfig:
@@ -232,7 +239,7 @@ def load_llm(
     whole = read_config(reference)
     layout = WHOLE_VLMS.get(whole.model_type, Layout())
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    options: dict[str, Any] = {"attn_implementation": attention}
+    options: dict[str, Any] = {"attn_implementation": known_attention(config, attention)}
     if quantization is not None:
         options |= bits_options(quantization, dtype=dtype, device=quantization_device())
     return load_checked(model_class, reference, config, layout, dtype=dtype, **options)

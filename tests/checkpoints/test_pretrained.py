@@ -33,6 +33,8 @@ from transformers import (
     Dinov2WithRegistersModel,
     DINOv3ViTConfig,
     DINOv3ViTModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3Config,
     Gemma3ForCausalLM,
     Gemma3ForConditionalGeneration,
@@ -79,7 +81,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 import mllm
 from mllm.checkpoints.build import build
 from mllm.checkpoints.families import ENCODER_LAYOUTS, WHOLE_VLMS
-from mllm.checkpoints.load import load, save_run
+from mllm.checkpoints.load import export, load, save_run
 from mllm.checkpoints.pretrained import encoder_config, llm_config, load_encoder, load_llm
 from mllm.checkpoints.sources import WEIGHTS, WEIGHTS_INDEX, digest_of
 from mllm.config.model import ModelConfig
@@ -657,6 +659,25 @@ def test_a_model_is_built_on_whole_checkpoints_saved_and_loaded(
         for name, value in frozen.items():
             assert torch.equal(value, vlm.model.language_model.state_dict()[name.replace(".base_layer", "")])
         assert torch.equal(one.lm_head.weight, vlm.lm_head.weight)
+
+
+def test_an_llm_that_sdpa_cannot_compute_is_computed_as_eager_in_every_form_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    llm = make(Gemma2ForCausalLM, Gemma2Config(**LLM, head_dim=8, hidden_activation="gelu_pytorch_tanh"))
+    llm.save_pretrained(tmp_path / "llm")
+    tiny.TOKENIZER.save_pretrained(tmp_path / "llm")
+    audio = medium("audio", {"encoder": {"source": "synthetic:audio"}, "budgets": ["/4"]})
+    model, processor = build(ModelConfig(llm=str(tmp_path / "llm"), chat_format="plain", audio=audio))
+    set_trainables(model)
+    save_run(model, processor, tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "export")
+    caplog.clear()
+    for one in (model, load(tmp_path / "run")[0], load(tmp_path / "export")[0]):
+        assert one.model.language_model.config._attn_implementation == "eager"
+    assert (
+        caplog.messages.count("attention is computed as eager: the LLM is a gemma2, which does not go with sdpa") == 2
+    )
 
 
 def test_every_reader_of_foreign_files_is_told_to_run_no_code() -> None:
