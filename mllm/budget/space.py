@@ -320,7 +320,7 @@ class Space:
                 allowed = ", ".join(self.media) or "text only"
                 raise ValueError(f"this model does not take {medium}; it takes {allowed}")
         for medium, amount in budget.amounts.items():
-            if amount == NONE:
+            if NONE in (amount, *amount.items):
                 self.media[medium].check_none()
         if budget.max_tiles is not None and self.media["image"].tiling is None:
             raise ValueError(f"tiles<={budget.max_tiles}: this model does not cut images into tiles")

@@ -209,3 +209,5 @@ def test_items_of_one_medium_may_have_amounts_of_their_own() -> None:
             tokens("image=64:4", *extents)
     with pytest.raises(ValueError, match="is not a count"):
         Budget.parse("image=64:")
+    with pytest.raises(ValueError, match="image=none cannot be met: this model was not trained without image"):
+        SPACE.check(Budget.parse("image=64:none"))  # before there is a request
