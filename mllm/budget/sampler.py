@@ -75,6 +75,11 @@ class BudgetSampler:
         """Refuse points, and smaller images, that the space does not hold."""
         if self.max_image_tokens and self.mode not in ("random", "sandwich"):
             raise ValueError(f"sampler.max_image_tokens go with mode random or sandwich; mode is {self.mode!r}")
+        if self.max_image_tokens and self.mode == "sandwich" and self.num_budgets == 2:
+            raise ValueError(
+                "sampler.max_image_tokens are of random budgets, and sampler.num_budgets 2 leaves sandwich none; "
+                "allowed: 3 or more"
+            )
         for most in self.max_image_tokens:
             try:
                 self.space.check(Budget.parse(f"image<={most}"))

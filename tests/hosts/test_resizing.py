@@ -220,6 +220,10 @@ def test_random_budgets_let_a_host_see_images_smaller(adopted: Any) -> None:
     assert sampler.seen_at(9, ["audio"]) == []
     with pytest.raises(ValueError, match=r"^sampler\.max_image_tokens go with mode random or sandwich; mode is 'all'$"):
         BudgetSampler(processor.space, "all", max_image_tokens=(9,))
+    with pytest.raises(
+        ValueError, match=r"^sampler\.max_image_tokens are of random budgets, and .* leaves sandwich none"
+    ):
+        BudgetSampler(processor.space, "sandwich", num_budgets=2, max_image_tokens=(9,))
     with pytest.raises(ValueError, match=r"^sampler\.max_image_tokens: image<=9: this model sees no image smaller"):
         BudgetSampler(adopted("llava")[1].space, "random", max_image_tokens=(9,))
 
