@@ -118,7 +118,7 @@ class GgufTensors:
 
         reader = check_gguf(file)
         architecture = reader.get_field("general.architecture").contents()
-        self._dtype = dtype
+        self._file, self._dtype = file, dtype
         self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=draft.config.to_dict())
         self._names = get_gguf_hf_weights_map(draft, self._processor)
         self._stored = {self._names[one.name]: one for one in reader.tensors if one.name in self._names}
@@ -137,12 +137,20 @@ class GgufTensors:
         return GgufShape(tuple(int(size) for size in reversed(self._stored[name].shape)))
 
     def get_tensor(self, name: str) -> Tensor:
-        """Dequantise a tensor."""
+        """Dequantise a tensor.
+
+        Raises:
+            ValueError: it is stored as what the library does not dequantise.
+        """
         from gguf import dequantize
 
         stored = self._stored[name]
+        try:
+            numbers = dequantize(stored.data, stored.tensor_type)
+        except NotImplementedError as error:
+            raise ValueError(f"{self._file} holds {stored.name} in a form that is not read: {error}") from error
         plain = self._processor.process(
-            weights=dequantize(stored.data, stored.tensor_type),
+            weights=numbers,
             name=stored.name,
             tensor_key_mapping=self._names,
             parsed_parameters={},

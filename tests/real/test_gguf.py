@@ -64,8 +64,9 @@ def test_a_run_stands_on_the_file_and_knows_it_again(smollm2: Path, tmp_path: Pa
         load(tmp_path / "run", dtype="bfloat16", device="cpu")
 
 
-def write_llama(path: Path, **changes: Any) -> Path:
-    """Write a Llama of one layer; `changes` add tensors, or leave them out where None, and add metadata."""
+def write_llama(path: Path, *, double: str = "", **changes: Any) -> Path:
+    """Write a Llama of one layer, one tensor as `double`; `changes` add tensors, or leave them out where None, and add
+    metadata."""
     from gguf import GGUFWriter
 
     rng = np.random.default_rng(0)
@@ -96,7 +97,7 @@ def write_llama(path: Path, **changes: Any) -> Path:
             shapes[name] = value
     for name, shape in shapes.items():
         if shape is not None:
-            writer.add_tensor(name, rng.normal(size=shape).astype(np.float32))
+            writer.add_tensor(name, rng.normal(size=shape).astype(np.float64 if name == double else np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -119,6 +120,12 @@ def test_what_would_be_read_wrongly_is_refused(changes: dict[str, Any], message:
     assert weights_of(write_llama(tmp_path / "whole.gguf"))["model.embed_tokens.weight"].shape == (WORDS, WIDTH)
     with pytest.raises(ValueError, match=message):
         weights_of(write_llama(tmp_path / "changed.gguf", **changes))
+
+
+def test_a_tensor_in_a_form_that_is_not_read_is_refused_by_name(tmp_path: Path) -> None:
+    file = write_llama(tmp_path / "whole.gguf", double="blk.0.ffn_up.weight")
+    with pytest.raises(ValueError, match=r"whole.gguf holds blk.0.ffn_up.weight in a form that is not read: .* F64"):
+        weights_of(file)
 
 
 def test_a_folder_has_one_file(smollm2: Path, tmp_path: Path) -> None:
