@@ -20,7 +20,7 @@ Knows words and numbers. Does not know media, encoders, or what can be met; that
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Literal
 
@@ -193,6 +193,27 @@ class Budget:
             self.auto,
             self.limits,
         )
+
+    def by_item(self, media: Sequence[str]) -> list["Budget"]:
+        """Return what it says of each item of a request, whose amount is its own where a medium has one for each.
+
+        Args:
+            media: of the items, in order.
+
+        Raises:
+            ValueError: a medium with amounts for another number of items; a request may hold none of it.
+        """
+        several = {medium: amount.items for medium, amount in self.amounts.items() if amount.items}
+        for medium, amounts in several.items():
+            if (num_items := list(media).count(medium)) not in (0, len(amounts)):
+                raise ValueError(
+                    f"{medium}={self.amounts[medium]} is for {len(amounts)} items, and the request holds {num_items}"
+                )
+        left = {medium: iter(amounts) for medium, amounts in several.items()}
+        return [
+            replace(self, amounts={**self.amounts, medium: next(left[medium])}) if medium in left else self
+            for medium in media
+        ]
 
 
 BudgetInput = Budget | str | Mapping[str, str | int]

@@ -382,23 +382,14 @@ def _counts_of(extents: Sequence[Extent], budget: Budget, space: Space) -> list[
     Raises:
         ValueError: an amount that cannot be met, or another number of items than the budget names.
     """
-    for medium, amount in budget.amounts.items():
-        num_items = sum(extent.medium == medium for extent in extents)
-        if amount.items and num_items not in (0, len(amount.items)):
-            raise ValueError(f"{medium}={amount} is for {len(amount.items)} items, and the request holds {num_items}")
-    items = {medium: iter(amount.items) for medium, amount in budget.amounts.items() if amount.items}
-    counts = []
-    for extent in extents:
-        named = items.get(extent.medium)
-        amount = budget.amounts.get(extent.medium, Amount("max")) if named is None else next(named)
-        counts.append(_count_of(extent, amount, budget, space))
-    return counts
+    budgets = budget.by_item([extent.medium for extent in extents])
+    return [_count_of(extent, one, space) for extent, one in zip(extents, budgets, strict=True)]
 
 
-def _count_of(extent: Extent, amount: Amount, budget: Budget, space: Space) -> TokenCount:
+def _count_of(extent: Extent, budget: Budget, space: Space) -> TokenCount:
     medium_space = space.media[extent.medium]
     return medium_space.count(
-        amount,
+        budget.amounts.get(extent.medium, Amount("max")),
         extent,
         max_tiles=budget.max_tiles,
         num_frames=budget.num_frames,

@@ -377,22 +377,13 @@ def _by_item(media: Sequence[str], body: Wishes) -> list[Wishes]:
     Raises:
         RequestError: 400, amounts of another number of items than the request holds.
     """
-    named = body.budget or Budget()
-    for medium, amount in named.amounts.items():
-        if amount.items and len(amount.items) != (held := list(media).count(medium)):
-            raise bad_request(
-                f"the budget {str(named)!r} is for {len(amount.items)} items of {medium}, and the request holds {held}",
-                "budget",
-            )
-    if not any(amount.items for amount in named.amounts.values()):
+    if body.budget is None:
         return [body] * len(media)
-    left = {medium: iter(amount.items) for medium, amount in named.amounts.items() if amount.items}
-    return [
-        replace(body, budget=replace(named, amounts=named.amounts | {medium: next(left[medium])}))
-        if medium in left
-        else body
-        for medium in media
-    ]
+    try:
+        budgets = body.budget.by_item(media)
+    except ValueError as error:
+        raise refusal_of(error, "budget") from error
+    return [replace(body, budget=budget) for budget in budgets]
 
 
 def _says(media: Sequence[tuple[str, Wishes]], body: Wishes) -> bool:

@@ -136,7 +136,7 @@ def test_an_open_budget_keeps_to_the_cap_on_tiles_and_frames() -> None:
     [
         ({"budget": "image=65"}, {}, "", r"image=65 cannot be met: allowed are counts 1\.\.64"),
         ({"budget": "image=0"}, {}, "", r"must be above 0"),
-        ({"budget": "image=64:16"}, {}, "", r"is for 2 items of image, and the request holds 1"),
+        ({"budget": "image=64:16"}, {}, "", r"image=64:16 is for 2 items, and the request holds 1"),
         ({}, {"budget": "image=64:16"}, "", r"image=64:16 is for 2 items, and the request holds 1"),
         ({"budget": "image=-3"}, {}, "", r"is not a count"),
         ({"budget": "image=4.5"}, {}, "", r"is not a count"),
