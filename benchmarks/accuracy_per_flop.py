@@ -25,7 +25,6 @@ import json
 import math
 import random
 import statistics
-import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,8 +34,6 @@ import torch
 from rich.console import Console
 from side_by_side import CPU, check_equal, packed_llm_flops
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.budget import Budget
 from mllm.budget.sampler import BudgetSampler

@@ -16,7 +16,6 @@ the process, or wall time on a GPU.
 import argparse
 import ctypes
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,8 +28,6 @@ from rich.table import Table
 from torch import Tensor
 from transformers import GenerationMixin, LlamaConfig, WhisperConfig
 from turns import in_turns, options, spread, unprepared
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.budget import Budget
 from mllm.checkpoints.build import config_of_parts

@@ -9,10 +9,8 @@ The baseline is the same model at its largest budget; there is no released code 
 """
 
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -21,8 +19,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers import CLIPVisionConfig, LlamaConfig
 from turns import in_turns, milliseconds, options, ratio_of, unprepared
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.adapters import build_adapter
 from mllm.budget import Budget

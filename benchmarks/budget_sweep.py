@@ -13,8 +13,6 @@ GPU.
 """
 
 import argparse
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +21,6 @@ from outcomes import Outcome, append, in_float32, timed
 from rich.console import Console
 from rich.table import Table
 from turns import in_turns, options, ratio, spread, unprepared
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.budget import Budget
 from mllm.evaluation.flops import Item, request_cost

@@ -12,9 +12,7 @@ CPU time of the process, or wall time on a GPU. Folding itself, which happens on
 """
 
 import argparse
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -23,8 +21,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from turns import in_turns, milliseconds, options, ratio_of, seconds_of, unprepared
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.compressors import Query
 from mllm.config.medium import ImageConfig, ImageEncoderConfig, ImageQueryConfig

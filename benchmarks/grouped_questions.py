@@ -13,10 +13,8 @@ Times are CPU time of the process, or wall time on a GPU.
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -26,8 +24,6 @@ from rich.table import Table
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig
 from turns import in_turns, options, ratio_of, spread, unprepared
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.budget import Budget
 from mllm.checkpoints.build import config_of_parts, put_adapters

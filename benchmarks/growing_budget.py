@@ -14,7 +14,6 @@ Times are CPU time of the process, or wall time on a GPU.
 """
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,8 +27,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from turns import in_turns, options, ratio, spread
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.config.medium import ImageConfig, ImageEncoderConfig, ImageQueryConfig
 from mllm.evaluation.flops import Item, llm_flops, request_cost

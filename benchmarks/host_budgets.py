@@ -9,7 +9,6 @@ the prompt, and so many new tokens. Before it, a host's logits at the full budge
 those of transformers' own pipeline, bit for bit. The baseline is the host at its full budget.
 """
 
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,8 +23,6 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from turns import options, spread
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.budget import Budget
 from mllm.checkpoints import adoption

@@ -15,7 +15,6 @@ predicted: FLOPs are counted for models, not for decoding.
 """
 
 import math
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -32,8 +31,6 @@ from rich.table import Table
 from torch import Tensor
 from transformers import WhisperFeatureExtractor
 from turns import in_turns, milliseconds, options, ratio, unprepared
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.media import load_audio, load_video, to_gray
 from mllm.transforms.encoder_inputs import LIP_MEAN, LIP_STD, LipTransform, WhisperMel

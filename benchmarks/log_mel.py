@@ -12,7 +12,6 @@ predicted: FLOPs are counted for models, not for what prepares their input.
 
 import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,8 +20,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers import WhisperFeatureExtractor
 from turns import in_turns, milliseconds, options, ratio, unprepared
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.transforms.log_mel import whisper_log_mel
 

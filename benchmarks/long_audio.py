@@ -12,10 +12,8 @@ with so many positions. Both of a pair are run in turns; times are CPU time, or 
 """
 
 import argparse
-import sys
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +25,6 @@ from rich.table import Table
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from turns import in_turns, options, ratio, spread, unprepared
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.config.long_audio import LongAudio
 from mllm.config.medium import AudioEncoderConfig

@@ -11,9 +11,7 @@ which FLOPs do not see. Times are CPU time of the process, or wall time on a GPU
 
 import argparse
 import copy
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +20,6 @@ from outcomes import Outcome, append, in_float32, timed
 from rich.console import Console
 from rich.table import Table
 from turns import in_turns, options, ratio, spread, unprepared
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.checkpoints.load import merge_llm_adapter
 from mllm.config.model import LoraConfig

@@ -18,10 +18,8 @@ of long conversations without an image among them, as there. `grouped` is `data.
 """
 
 import itertools
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from outcomes import Outcome, append
@@ -30,8 +28,6 @@ from rich.table import Table
 from side_by_side import Budget, build_processor, words
 from transformers import CLIPVisionConfig, PreTrainedConfig, WhisperConfig
 from turns import options
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.budget.sampler import BudgetSampler
 from mllm.config.medium import (

@@ -43,8 +43,6 @@ from rich.table import Table
 from turns import options
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
 GOAL = 3.0
 GOAL_CLIENTS = 32
 KINDS = (("image",), ("audio",), ("video",), ("audio", "video"))

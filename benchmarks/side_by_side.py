@@ -4,10 +4,8 @@ Not run by itself. Baselines are written on the weights of the same model, so th
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,8 +15,6 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedConfig
 from turns import in_turns, ratio_of, spread, unprepared
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mllm.budget import Budget
 from mllm.checkpoints.build import config_of_parts, put_adapters

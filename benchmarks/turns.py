@@ -2,12 +2,17 @@
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+# Every benchmark imports this file, itself or by way of another, before it imports mllm, which is then that of this
+# tree and not one that is installed.
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:

@@ -3,7 +3,9 @@
 The slow test is there because a benchmark that nobody runs breaks with the next renaming.
 """
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import all_goals
@@ -50,6 +52,16 @@ def test_a_benchmark_runs_and_hands_on_outcomes(name: str, tmp_path: Path) -> No
 def test_every_file_of_the_folder_is_a_benchmark_or_known_as_a_part() -> None:
     parts = {"all_goals", "outcomes", "side_by_side", "turns", *all_goals.ALONE}
     assert {path.stem for path in all_goals.FOLDER.glob("*.py")} == parts | set(all_goals.benchmarks())
+
+
+def test_benchmarks_measure_this_tree_and_not_what_is_installed(tmp_path: Path) -> None:
+    installed = tmp_path / "mllm"
+    installed.mkdir()
+    (installed / "__init__.py").write_text("raise SystemExit('this is the one that is installed')\n")
+    command = [sys.executable, str(all_goals.FOLDER / "all_goals.py"), "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 def test_one_table_holds_goals_from_below_and_from_above(tmp_path: Path) -> None:
