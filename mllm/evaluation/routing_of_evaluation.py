@@ -34,6 +34,7 @@ from mllm.evaluation.routing_report import (
 )
 from mllm.inference.answerer import Answerer
 from mllm.inference.growth import grows
+from mllm.inference.long_audio import lengths_of
 from mllm.router.features import MediaSet, media_set_of
 from mllm.router.policy import MAX_GROWTHS, Policy, price_grid
 from mllm.router.router import MediaRouter
@@ -70,17 +71,23 @@ def compare_evaluated(
         MediaError: a file that cannot be read any more.
     """
     compared: dict[MediaSet, RoutingReport | str] = {}
-    for media, of_media in _by_media(lines, samples).items():
+    for media, of_media in _by_media([line for line in lines if "error" not in line], samples).items():
         if answerer.router is None or not media or not any(_is_auto(line) for line in of_media):
             continue
         fitted = answerer.router.of(media)
         budgets = [str(budget) for budget in fitted.budgets]
-        fixed = [line for line in of_media if line["budget"] in budgets and "error" not in line]
+        fixed = [line for line in of_media if line["budget"] in budgets]
         answered: dict[tuple, set[str]] = {}
         for line in fixed:
             answered.setdefault((line["set"], line["id"], line["snr_db"]), set()).add(line["budget"])
         if set(budgets) not in answered.values():
             compared[media] = f"for a comparison with fixed budgets, evaluate at {';'.join(budgets)} too"
+            continue
+        if in_windows := _in_windows(answerer, fixed):
+            compared[media] = (
+                f"{len(in_windows)} of the samples are answered in windows, and auto chooses for each window; for a "
+                "comparison with fixed budgets, evaluate without long_audio"
+            )
             continue
         table = tables_of(fixed, samples)[media].at(fitted.budgets)
         answers = Answers(fixed, dict(samples), noise)
@@ -126,6 +133,14 @@ def _by_media(lines: Sequence[Line], samples: Mapping[SampleKey, Sample]) -> dic
         media = media_set_of([part.medium for part in samples[line["set"], line["id"]].media])
         grouped.setdefault(media, []).append(line)
     return grouped
+
+
+def _in_windows(answerer: Answerer, lines: Sequence[Line]) -> set[SampleKey]:
+    """List the samples whose audio is longer than what its encoder hears at once."""
+    if answerer.long_audio.mode == "refuse":
+        return set()
+    window_seconds, _ = lengths_of(answerer.long_audio, answerer.processor)
+    return {(line["set"], line["id"]) for line in lines if (line["seconds"] or 0.0) > window_seconds}
 
 
 def _is_auto(line: Line) -> bool:
