@@ -45,7 +45,7 @@ def tables_of(lines: Sequence[Line], samples: Mapping[tuple[str, str], Sample]) 
     """
     answers: dict[MediaSet, dict[QuestionKey, dict[str, Line]]] = {}
     for line in lines:
-        of_set = answers.setdefault(_media_of(samples[line["set"], line["id"]]), {})
+        of_set = answers.setdefault(media_of(samples[line["set"], line["id"]]), {})
         of_question = of_set.setdefault((line["set"], line["id"], line["snr_db"]), {})
         if "error" not in line:
             if "min_probability" not in line:
@@ -54,7 +54,8 @@ def tables_of(lines: Sequence[Line], samples: Mapping[tuple[str, str], Sample]) 
     return {media: _table(questions, samples) for media, questions in answers.items() if media}
 
 
-def _media_of(sample: Sample) -> MediaSet:
+def media_of(sample: Sample) -> MediaSet:
+    """Return the media that a sample holds."""
     return media_set_of([part.medium for part in sample.media])
 
 

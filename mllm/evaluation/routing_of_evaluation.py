@@ -5,7 +5,6 @@ are worth mixing is what the router noted of its calibration. Baselines that nee
 test itself here, which flatters them; `mllm router report` chooses them on other answers.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 from mllm.budget import Budget
 from mllm.data.manifest import Sample
 from mllm.evaluation.answer_store import Line
-from mllm.evaluation.answer_table import tables_of
+from mllm.evaluation.answer_table import media_of, tables_of
 from mllm.evaluation.noise import EvaluationNoise
 from mllm.evaluation.router_fitting import Answers, SampleKey, with_features
 from mllm.evaluation.routing_families import fixed_reads, kind_reads, oracle_reads, router_reads, threshold_reads
@@ -22,7 +21,6 @@ from mllm.evaluation.routing_report import (
     BEST_CONSTANT,
     MIXED,
     NO_GROWING,
-    NUM_THRESHOLDS,
     ORACLE,
     ROUTER,
     Family,
@@ -31,11 +29,12 @@ from mllm.evaluation.routing_report import (
     Sides,
     judge,
     points_in_use,
+    thresholds_of,
 )
 from mllm.inference.answerer import Answerer
 from mllm.inference.growth import grows
 from mllm.inference.long_audio import lengths_of
-from mllm.router.features import MediaSet, media_set_of
+from mllm.router.features import MediaSet
 from mllm.router.policy import MAX_GROWTHS, Policy, price_grid
 from mllm.router.router import MediaRouter
 from mllm.router.table import AnswerTable
@@ -111,8 +110,7 @@ def report_fitted(test: AnswerTable, fitted: MediaRouter, setup: Setup) -> Routi
     """
     predictions = fitted.heads.predict(test.features, test.confidence)
     prices = price_grid(float(test.cost(setup.unit)[:, -1].mean())).tolist()
-    thresholds = [*np.unique(np.quantile(test.confidence, np.linspace(0, 1, NUM_THRESHOLDS))).tolist(), math.inf]
-    families = [Family(MIXED, fixed_reads(test)), Family(THRESHOLD, threshold_reads(test, thresholds))]
+    families = [Family(MIXED, fixed_reads(test)), Family(THRESHOLD, threshold_reads(test, thresholds_of(test)))]
     for name, max_growths in ((f"router, {NO_GROWING}", 0), (ROUTER, MAX_GROWTHS)):
         points = [point for point in fitted.points if point.max_growths == max_growths]
         policies = [Policy(point.price, max_growths) for point in points]
@@ -130,8 +128,7 @@ def report_fitted(test: AnswerTable, fitted: MediaRouter, setup: Setup) -> Routi
 def _by_media(lines: Sequence[Line], samples: Mapping[SampleKey, Sample]) -> dict[MediaSet, list[Line]]:
     grouped: dict[MediaSet, list[Line]] = {}
     for line in lines:
-        media = media_set_of([part.medium for part in samples[line["set"], line["id"]].media])
-        grouped.setdefault(media, []).append(line)
+        grouped.setdefault(media_of(samples[line["set"], line["id"]]), []).append(line)
     return grouped
 
 

@@ -251,8 +251,7 @@ def families_of(sides: Sides, setup: Setup, *, second: AnswerTable | None = None
     """
     calibration, test, unit = sides.calibration, sides.test, setup.unit
     prices = _prices(calibration, unit)
-    quantiles = np.quantile(calibration.confidence, np.linspace(0, 1, NUM_THRESHOLDS))
-    thresholds = [*np.unique(quantiles).tolist(), math.inf]
+    thresholds = thresholds_of(calibration)
     families = [
         Family(MIXED, fixed_reads(test)),
         Family(
@@ -274,6 +273,11 @@ def families_of(sides: Sides, setup: Setup, *, second: AnswerTable | None = None
         chosen = oracle_reads(test, prices, unit, known=second.utility)
         families.append(Family("oracle that chooses by independent answers", chosen))
     return [*families, Family(ORACLE, oracle_reads(test, prices, unit))]
+
+
+def thresholds_of(table: AnswerTable) -> list[float]:
+    """List the confidences to try as thresholds: quantiles of those of a table, and infinity, which none reaches."""
+    return [*np.unique(np.quantile(table.confidence, np.linspace(0, 1, NUM_THRESHOLDS))).tolist(), math.inf]
 
 
 def _prices(calibration: AnswerTable, unit: Unit) -> list[float]:
