@@ -16,17 +16,23 @@ MAX_FAILURES_SHOWN = 10
 
 def run(settings: Settings) -> int:
     """Evaluates, shows the tables, and names what failed."""
-    from mllm.commands.terminal import console, progress_bar, quiet_loading
-    from mllm.evaluation.report import cut_notes, table
+    from mllm.commands.terminal import progress_bar, quiet_loading
     from mllm.evaluation.run import evaluate
-    from mllm.evaluation.scorers.registry import BENCHMARKS
+    from mllm.utils.distributed import finish_launch
 
     settings = settings.pinned()
     quiet_loading()
     with progress_bar() as show:
         results = evaluate(settings, progress=lambda done, total: show("answers", done, total))
-    if results is None:  # another process tells
-        return 0
+    return finish_launch(0 if results is None else _tell(settings, results))  # the first process tells
+
+
+def _tell(settings: Settings, results: "Results") -> int:
+    """Shows the tables, and names what failed; 1 where something did."""
+    from mllm.commands.terminal import console
+    from mllm.evaluation.report import cut_notes, table
+    from mllm.evaluation.scorers.registry import BENCHMARKS
+
     others = [row for row in results.rows if row["task"] not in BENCHMARKS]
     if others:
         console().print(table(replace(results, rows=others)))

@@ -45,21 +45,20 @@ def run(settings: Settings) -> int:
         config = replace(config, train=replace(config.train, overfit_batches=settings.overfit))
     if settings.dry_run:
         return _try(config, settings)
+    is_first = os.environ.get("RANK", "0") == "0"
     try:
         folder = train(config, resume=settings.resume, sources=settings.sources)
     except TooManyBadSamples as error:
         raise ValueError(str(error)) from error
     except RunInterrupted as interrupted:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first:
             folder = Path(config.train.out)
             line = how_to_go_on(folder, folder / RUN_CONFIG, str(interrupted))
             console(stderr=True).print(line, soft_wrap=True, highlight=False)
-        if interrupted.is_agreed:
-            finish_launch()
-        return interrupted.exit_status
-    finish_launch()
-    console(stderr=True).print(f"trained: {folder}")
-    return 0
+        return finish_launch(interrupted.exit_status) if interrupted.is_agreed else interrupted.exit_status
+    if is_first:
+        console(stderr=True).print(f"trained: {folder}")
+    return finish_launch(0)
 
 
 def train(

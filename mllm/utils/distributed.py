@@ -6,6 +6,7 @@ On a machine without a GPU accelerate's defaults start several processes that tr
 that this is a CPU run before anything else asks. DeepSpeed compiles its communication there when it is first used.
 """
 
+import atexit
 import importlib.util
 import json
 import logging
@@ -84,20 +85,34 @@ def _refuse_fsdp() -> None:
         )
 
 
-def finish_launch() -> None:
-    """Part the processes of a launcher in order, once all of them are done; the last thing a process does.
+def finish_launch(status: int) -> int:
+    """Part the processes of a launcher in order, once all of them are done, and end this one; the last thing it does.
 
-    Threads of the backend that still run when the interpreter ends would abort a process that has done all its work.
+    The backend's threads run on after its groups are destroyed: the reducer of gradients keeps them, beyond any object
+    of Python. One that still runs while the interpreter is taken down can abort a process that has done all its work.
+    So a process that has others ends here, behind its exit functions and with its streams flushed.
+
+    Args:
+        status: the exit code of this process.
+
+    Returns:
+        The same, in a process that has no others, which goes on.
     """
     from accelerate import PartialState
 
     state = PartialState()
     state.wait_for_everyone()
     state.destroy_process_group()
-    if state.num_processes > 1 and threading.current_thread() is threading.main_thread():
+    if state.num_processes == 1:
+        return status
+    if threading.current_thread() is threading.main_thread():
         # When the first of them has left with the code of an interruption, its launcher ends all others with SIGTERM, a
         # few tenths of a second before they leave with the same code. They would leave with that of SIGTERM.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
 
 
 def gather_json(value: Any) -> list[Any]:

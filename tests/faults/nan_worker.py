@@ -74,7 +74,7 @@ def main() -> None:
     cases = [(place, value, step) for place in PLACES for value in VALUES for step in (STEPS, 1)]
     told = [stopped_at(options.folder, *case, options.deepspeed) for case in cases[: options.num_cases]]
     (options.folder / f"told-{PartialState().process_index}.json").write_text(json.dumps(told))
-    finish_launch()
+    finish_launch(0)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def main() -> None:
         trainer = run_scenario(name, settings)
         budgets = [str(one.budget) for step in range(50) for one in trainer.sampler(step)]
         (arguments.folder / f"{name}-draws-{trainer.args.process_index}.txt").write_text("\n".join(budgets))
-    finish_launch()
+    finish_launch(0)
 
 
 if __name__ == "__main__":
