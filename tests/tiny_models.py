@@ -13,6 +13,7 @@ from transformers import (
     LlamaConfig,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
 )
 
@@ -103,6 +104,8 @@ def decoder(config_class: type = LlamaConfig) -> nn.Module:
         vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
+    if isinstance(config, Qwen3_5TextConfig):  # by default one layer in four has attention, and there are two here
+        config.layer_types = ["linear_attention", "full_attention"]
     torch.manual_seed(0)
     llm = AutoModel.from_config(config)
     for parameter in llm.parameters():

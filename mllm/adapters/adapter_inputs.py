@@ -93,7 +93,7 @@ def decoder_layers(llm: nn.Module) -> list[nn.Module]:
         ValueError: an LLM whose layers do not all have an attention, full or linear, and an `mlp`.
     """
     layers = list(getattr(llm, "layers", []))
-    if not layers or not all(_attention(layer) is not None and hasattr(layer, "mlp") for layer in layers):
+    if not layers or not all(attention_of(layer) is not None and hasattr(layer, "mlp") for layer in layers):
         raise ValueError(
             f"{type(llm).__name__} has layers without self_attn or mlp; this adapter needs a decoder such as Llama, "
             "Qwen or Gemma"
@@ -101,14 +101,14 @@ def decoder_layers(llm: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def _attention(layer: nn.Module) -> Any:
-    """Return what mixes the tokens of a layer: its attention, or linear attention as Qwen3.5 has it in most layers."""
+def attention_of(layer: nn.Module) -> Any:
+    """Returns what mixes the tokens of a layer: its attention, or linear attention as Qwen3.5 has it in most layers."""
     return getattr(layer, "self_attn", None) or getattr(layer, "linear_attn", None)
 
 
 def connect(layer: nn.Module, adapters: Sequence[Adapter]) -> None:
     """Lets the attention of a layer pass the adapter inputs it gets to the adapters of that layer."""
-    attention = _attention(layer)
+    attention = attention_of(layer)
     attention.served_adapters = tuple(adapters)  # a tuple, so that they are not registered as its children
     attention.register_forward_pre_hook(_pass_adapter_inputs, with_kwargs=True)
 

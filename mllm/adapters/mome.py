@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mllm.adapters.adapter_inputs import NUM_KINDS, Adapter, Collector, connect, decoder_layers
+from mllm.adapters.adapter_inputs import NUM_KINDS, Adapter, Collector, attention_of, connect, decoder_layers
 
 BFLOAT16_ARITHMETIC = ("amx_bf16", "avx512_bf16")
 """What CPUs that multiply bfloat16 say of themselves."""
@@ -212,7 +212,7 @@ def _check(
 
 def _hook_up(layer: Any, mome: Mome, placement: str) -> None:
     if placement == "attention":
-        layer.self_attn.register_forward_hook(_beside_attention, with_kwargs=True)
+        attention_of(layer).register_forward_hook(_beside_attention, with_kwargs=True)
         return
     # Gemma normalises the output of its feed-forward block before it is added; what follows that is the layer's output.
     last = getattr(layer, "post_feedforward_layernorm", layer.mlp) if placement == "layer" else layer.mlp
@@ -220,15 +220,16 @@ def _hook_up(layer: Any, mome: Mome, placement: str) -> None:
     if placement == "ffn":
         last.register_forward_hook(_beside_ffn)
     else:
-        layer.self_attn.register_forward_pre_hook(_keep_input, with_kwargs=True)
+        attention_of(layer).register_forward_pre_hook(_keep_input, with_kwargs=True)
         last.register_forward_hook(_beside_layer)
 
 
-def _beside_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Any, ...]) -> Any:
+def _beside_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     mome = attention.served_adapters[0]
     if not mome.is_enabled:
         return output
-    return output[0] + mome(_hidden(args, kwargs)), *output[1:]
+    added = mome(_hidden(args, kwargs))
+    return output + added if isinstance(output, Tensor) else (output[0] + added, *output[1:])  # linear_attn; self_attn
 
 
 def _beside_ffn(block: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:

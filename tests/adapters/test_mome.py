@@ -11,7 +11,7 @@ from blocks import adapter_of
 from tiny_models import DECODERS, decoder, embeddings
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3_5TextConfig
 
 from mllm.adapters import adapters_disabled, build_adapter, merge_adapters
 from mllm.adapters.adapter_inputs import AdapterInputs, Collector
@@ -86,7 +86,7 @@ def test_disjoint_routers_serve_their_scale_and_text_rows_only_the_shared_expert
         mome(hidden)
 
 
-@pytest.mark.parametrize("config_class", DECODERS)
+@pytest.mark.parametrize("config_class", [*DECODERS, Qwen3_5TextConfig])
 @torch.no_grad()
 def test_layer_placement_adds_to_the_output_of_a_layer_what_its_normalised_input_gives(config_class) -> None:
     llm, frozen, embeds = with_experts(config_class), decoder(config_class), embeddings()
@@ -100,10 +100,17 @@ def test_layer_placement_adds_to_the_output_of_a_layer_what_its_normalised_input
     torch.testing.assert_close(seen["adapted"], seen["frozen"] + layer.mome(seen["normalised"]), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("placement", "block"), [("attention", "self_attn"), ("ffn", "mlp")])
+@pytest.mark.parametrize(
+    ("config_class", "placement", "block"),
+    [
+        (LlamaConfig, "attention", "self_attn"),
+        (LlamaConfig, "ffn", "mlp"),
+        (Qwen3_5TextConfig, "attention", "linear_attn"),
+    ],
+)
 @torch.no_grad()
-def test_a_block_gets_the_experts_of_its_own_input(placement: str, block: str) -> None:
-    llm, embeds = with_experts(placement=placement), embeddings()
+def test_a_block_gets_the_experts_of_its_own_input(config_class, placement: str, block: str) -> None:
+    llm, embeds = with_experts(config_class, placement), embeddings()
     seen: dict[str, Tensor] = {}
 
     def keep(_, args, kwargs, out) -> None:
@@ -118,7 +125,7 @@ def test_a_block_gets_the_experts_of_its_own_input(placement: str, block: str) -
     torch.testing.assert_close(adapted, seen["output"] + llm.layers[0].mome(seen["input"]), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("config_class", DECODERS)
+@pytest.mark.parametrize("config_class", [*DECODERS, Qwen3_5TextConfig])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @torch.no_grad()
 def test_untrained_and_disabled_experts_are_the_frozen_llm_bit_for_bit(config_class, placement: str) -> None:
