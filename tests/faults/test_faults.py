@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -42,6 +43,21 @@ def test_what_is_promised_holds(outcomes: dict[str, dict[str, object]], row: str
         pytest.skip(str(outcome["skipped"]))
     assert outcome["tries"]
     assert outcome["held"] == outcome["tries"], outcome["failures"]
+
+
+@pytest.mark.slow
+def test_a_row_of_tests_that_are_not_there_does_not_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("", "training", "media", "data", "lip_crops", "faults"):
+        monkeypatch.syspath_prepend(FOLDER.parent / name)
+    from ground import Ground
+    from rows import cases_of
+
+    ground, rng = Ground(tmp_path), random.Random(0)
+    there = cases_of("tests/media/test_media_paths.py")(ground, 0, rng)
+    assert there.held == there.tries > 20
+    gone = cases_of("tests/media/no_such_tests.py")(ground, 0, rng)
+    assert (gone.tries, gone.held) == (1, 0)
+    assert "pytest ended with 4" in gone.failures[0]
 
 
 def test_every_fail_point_stands_in_the_code_once() -> None:
