@@ -16,7 +16,6 @@ written, at most `SHARD_BYTES` or `FLUSH_SECONDS` of work.
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -31,7 +30,7 @@ from mllm.checkpoints.tensor_files import write_tensors
 from mllm.data.manifest import Sample
 from mllm.media import MediaError, resolve_media
 from mllm.media.limits import digest_of_media
-from mllm.media.packed import packed_location
+from mllm.media.packed import file_stamp
 from mllm.processing.processor import LoadedMedia
 from mllm.utils.fail_points import fail_point
 from mllm.utils.files import append_text, cut_half_line, digest_of_file, write_text_whole, written_whole
@@ -292,13 +291,10 @@ class _File:
 
     def __post_init__(self) -> None:
         try:
-            resolved = str(resolve_media(self.sample.root, self.path))
-            packed = packed_location(resolved)
-            facts = os.stat(resolved if packed is None else packed.file)
-        except (OSError, ValueError) as error:
-            self.stamp = f"none: {type(error).__name__}"
-        else:
-            self.stamp = f"{self.path} {facts.st_size} {facts.st_mtime_ns}"
+            facts = file_stamp(str(resolve_media(self.sample.root, self.path)))
+        except MediaError:
+            facts = None
+        self.stamp = "none" if facts is None else f"{self.path} {facts[0]} {facts[1]}"
 
     def content(self) -> str:
         """Compute a digest of its bytes; empty where it cannot be read."""
