@@ -22,7 +22,6 @@ from mllm.checkpoints.build import build_config, processor_of, put_adapters
 from mllm.checkpoints.load import save_run
 from mllm.checkpoints.pretrained import encoder_config, llm_config, read_feature_extractor, unsharded
 from mllm.checkpoints.sources import inside_run
-from mllm.checkpoints.tensor_files import write_tensors
 from mllm.config.medium import (
     AudioConfig,
     AudioEncoderConfig,
@@ -47,7 +46,7 @@ from mllm.convert.avsr_layout import (
     split_state,
 )
 from mllm.convert.avsr_options import SYSTEMS, Options, System
-from mllm.convert.state_files import check_layout, read_state
+from mllm.convert.state_files import StoredWeight, check_layout, find_state, read_all, write_stored
 from mllm.encoders import backbone_class
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.trainables import set_trainables
@@ -66,14 +65,15 @@ class Parts:
     """Holds everything a run folder is made of.
 
     Args:
-        weights: of the frozen LLM and Whisper, by part and by the names transformers gives them.
+        weights: of the frozen LLM and Whisper, by part and by the names transformers gives them; they stay in the
+            checkpoint's file until they are written.
         configs: the same parts' configs. helpers: their tokenizer and feature extractor.
         lips: the lip encoder, or None.
         trained: what a checkpoint of ours holds, by its names.
         facts: what was found, in words.
     """
 
-    weights: dict[str, dict[str, Tensor]]
+    weights: dict[str, dict[str, StoredWeight]]
     configs: dict[str, PreTrainedConfig]
     helpers: dict[str, Any]
     lips: av_hubert.Converted | None
@@ -97,7 +97,7 @@ def convert_file(path: str | Path, out: str | Path, *, system: str, options: Opt
         ValueError: a file that does not hold such a checkpoint, options that contradict it, or a folder in use.
     """
     with new_folder(out) as folder:
-        parts = read_parts(split_state(read_state(path)), SYSTEMS[system], options)
+        parts = read_parts(split_state(find_state(path)), SYSTEMS[system], options)
         write_parts(parts, folder)
         write_run(parts, folder, options)
     return parts.facts
@@ -166,7 +166,7 @@ def read_tokenizer(source: str, *, rows: int) -> Any:
     return tokenizer
 
 
-def _llm_weights(state: Mapping[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
+def _llm_weights(state: Mapping[str, StoredWeight], config: PreTrainedConfig) -> dict[str, StoredWeight]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     expected = {f"llm.{name}": tuple(value.shape) for name, value in model.state_dict().items()}
@@ -174,23 +174,24 @@ def _llm_weights(state: Mapping[str, Tensor], config: PreTrainedConfig) -> dict[
     if config.tie_word_embeddings and _HEAD not in weights:
         expected.pop(_HEAD)
     check_layout(weights, expected)
-    if config.tie_word_embeddings and not weights.pop(_HEAD, weights[_EMBEDDINGS]).equal(weights[_EMBEDDINGS]):
+    head = weights.pop(_HEAD, None) if config.tie_word_embeddings else None
+    if head is not None and not head.read().equal(weights[_EMBEDDINGS].read()):
         raise ValueError(f"{_HEAD} differs from {_EMBEDDINGS}, but the config of this LLM ties them (option llm)")
-    return {name.removeprefix("llm."): value.contiguous() for name, value in weights.items()}
+    return {name.removeprefix("llm."): value for name, value in weights.items()}
 
 
-def _whisper(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], PreTrainedConfig]:
+def _whisper(state: Mapping[str, StoredWeight], source: str) -> tuple[dict[str, StoredWeight], PreTrainedConfig]:
     config = encoder_config(source, "audio")
     if config.model_type != "whisper":
         raise ValueError(f"{source} is a {config.model_type}; only checkpoints with Whisper can be converted")
     with torch.device("meta"):
         expected = backbone_class(config)._from_config(config).state_dict()
     check_layout(state, {f"audio_encoder.{name}": tuple(value.shape) for name, value in expected.items()})
-    return {name.removeprefix("audio_encoder."): value.contiguous() for name, value in state.items()}, config
+    return {name.removeprefix("audio_encoder."): value for name, value in state.items()}, config
 
 
-def _lips(state: Mapping[str, Tensor], options: Options) -> av_hubert.Converted:
-    entries = {name.removeprefix("video_encoder."): value.float() for name, value in state.items()}
+def _lips(state: Mapping[str, StoredWeight], options: Options) -> av_hubert.Converted:
+    entries = {name.removeprefix("video_encoder."): value.float() for name, value in read_all(state).items()}
     matrix = entries.get("post_extract_proj.weight")
     width = len(matrix) if matrix is not None and matrix.dim() else 0  # what is wrong with it is said below
     heads = options.video_heads or max(width // 64, 1)
@@ -322,7 +323,7 @@ def _check_prompts(split: Split, system: System, options: Options, tokenizer: An
     for problem, names in (("misses", expected - set(split.prompts)), ("holds unknown", set(split.prompts) - expected)):
         if names:
             raise ValueError(f"the checkpoint {problem} {', '.join(f'prompt_{name}' for name in sorted(names))}")
-    table = split.llm[_EMBEDDINGS].float()
+    table = split.llm[_EMBEDDINGS].read() if split.prompts else torch.empty(0, 0)
     for name, stored in split.prompts.items():
         words = options.prompts[name]
         ids = tokenizer(words, add_special_tokens=False)["input_ids"]
@@ -331,8 +332,8 @@ def _check_prompts(split: Split, system: System, options: Options, tokenizer: An
                 f"prompt_{name} has the shape {tuple(stored.shape)}; expected (1, tokens, {table.shape[1]})"
             )
         embedded = stored[0].float()
-        if embedded.shape[0] != len(ids) or not torch.allclose(embedded, table[ids], rtol=1e-2, atol=1e-5):
-            nearest = torch.cdist(embedded, table).argmin(dim=1).tolist()
+        if embedded.shape[0] != len(ids) or not torch.allclose(embedded, table[ids].float(), rtol=1e-2, atol=1e-5):
+            nearest = torch.cdist(embedded, table.float()).argmin(dim=1).tolist()
             raise ValueError(
                 f"prompt_{name} in the checkpoint is not {words!r}; its embeddings are those of "
                 f"{tokenizer.decode(nearest)!r} (option prompt_{name})"
@@ -346,7 +347,7 @@ def write_parts(parts: Parts, folder: Path) -> None:
         part_folder.mkdir(parents=True)
         parts.configs[part].save_pretrained(part_folder)
         parts.helpers[part].save_pretrained(part_folder)
-        write_tensors(weights, part_folder / "model.safetensors", metadata={"format": "pt"})
+        write_stored(weights, part_folder)
     if parts.lips is not None:
         av_hubert.save(parts.lips, folder / "video")
 

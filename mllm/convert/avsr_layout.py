@@ -1,6 +1,6 @@
 """Knows how Llama-AVSR, Llama-MTSK and Omni-AVSR name what they trained, and what the shapes of it tell.
 
-Knows names and shapes. Does not know files, options of a command, or what a run folder looks like.
+Knows names and shapes. Does not know kinds of files, options of a command, or what a run folder looks like.
 Sources: Llama-AVSR (arXiv 2409.12319), Llama-MTSK (2503.06362), Omni-AVSR (2511.07253), umbertocappellazzo/Llama-AVSR
 and umbertocappellazzo/Omni-AVSR.
 """
@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from mllm.convert.state_files import StoredWeight
 
 TASKS = {"audio": "asr", "video": "vsr", "audiovisual": "avsr"}
 """The tasks by the names in the released files, in the order of a bank's experts."""
@@ -23,11 +25,14 @@ _PARTS = ("audio_encoder.", "video_encoder.", "audio_proj.", "video_proj.", "llm
 
 @dataclass(frozen=True)
 class Split:
-    """Holds the entries of a checkpoint by what they belong to, under their released names."""
+    """Holds the entries of a checkpoint by what they belong to, under their released names.
 
-    llm: dict[str, Tensor] = field(default_factory=dict)
+    LLM and encoders, which are large, stay in its file until they are read.
+    """
+
+    llm: dict[str, StoredWeight] = field(default_factory=dict)
     llm_lora: dict[str, Tensor] = field(default_factory=dict)
-    encoders: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    encoders: dict[str, dict[str, StoredWeight]] = field(default_factory=dict)
     video_lora: dict[str, Tensor] = field(default_factory=dict)
     projectors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     prompts: dict[str, Tensor] = field(default_factory=dict)
@@ -38,32 +43,34 @@ class Split:
         return [medium for medium in ("audio", "video") if medium in self.encoders]
 
 
-def split_state(state: Mapping[str, Tensor]) -> Split:
-    """Sort the entries of a checkpoint.
+def split_state(state: Mapping[str, StoredWeight]) -> Split:
+    """Sort the entries of a checkpoint, and read those that are small.
 
     Raises:
-        ValueError: an entry of none of the parts, or a part without what goes with it.
+        ValueError: an entry of none of the parts, a part without what goes with it, or as `StoredWeight.read`.
     """
     if unknown := sorted(name for name in state if not name.startswith(_PARTS)):
         raise ValueError(f"the checkpoint holds unknown {', '.join(unknown[:3])} ({len(unknown)} in all)")
     split = Split()
     for name, value in state.items():
         part = name.split(".")[0]
-        if part == "llm":
-            (split.llm_lora if ".lora_" in name else split.llm)[name] = value
+        if part == "llm" and ".lora_" not in name:
+            split.llm[name] = value
+        elif part == "llm":
+            split.llm_lora[name] = value.read()
         elif part.startswith("prompt_"):
-            split.prompts[part.removeprefix("prompt_")] = value
+            split.prompts[part.removeprefix("prompt_")] = value.read()
         elif part == "video_encoder" and ".lora_" in name:
-            split.video_lora[name] = value
+            split.video_lora[name] = value.read()
+        elif part.endswith("_encoder"):
+            split.encoders.setdefault(part.removesuffix("_encoder"), {})[name] = value
         else:
-            medium, kind = part.split("_")
-            group = split.encoders if kind == "encoder" else split.projectors
-            group.setdefault(medium, {})[name] = value
+            split.projectors.setdefault(part.removesuffix("_proj"), {})[name] = value.read()
     if split.encoders.keys() != split.projectors.keys() or not split.encoders:
         encoders, projectors = (", ".join(group) or "nothing" for group in (split.encoders, split.projectors))
         raise ValueError(f"the checkpoint holds encoders of {encoders} and projectors of {projectors}; both are needed")
     table = split.llm.get("llm.model.embed_tokens.weight")
-    if table is None or table.dim() != 2:
+    if table is None or len(table.shape) != 2:
         raise ValueError("the checkpoint misses llm.model.embed_tokens.weight, a matrix; it is none of these systems")
     return split
 

@@ -21,7 +21,6 @@ from mllm.checkpoints.build import build_config, processor_of
 from mllm.checkpoints.load import save_run
 from mllm.checkpoints.pretrained import encoder_config, llm_config, read_tokenizer, unsharded
 from mllm.checkpoints.sources import inside_run, resolve_source
-from mllm.checkpoints.tensor_files import write_shards
 from mllm.config.medium import (
     ImageConfig,
     ImageEncoderConfig,
@@ -34,7 +33,7 @@ from mllm.config.medium import (
 from mllm.config.model import ModelConfig
 from mllm.convert.llava_layout import EMBEDDINGS, Split, read_projector, read_queries, split_state
 from mllm.convert.llava_options import LLM, SCALES_KEY, SYSTEMS, Options, ReleasedConfig, System
-from mllm.convert.state_files import WHOLE_MODELS, StoredWeight, check_layout, find_weights, read_json
+from mllm.convert.state_files import WHOLE_MODELS, StoredWeight, check_layout, find_weights, read_json, write_stored
 from mllm.encoders import backbone_class, encoder_facts
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.trainables import set_trainables
@@ -255,8 +254,7 @@ def write_parts(parts: Parts, folder: Path) -> None:
         part_folder = folder / part
         part_folder.mkdir(parents=True)
         parts.configs[part].save_pretrained(part_folder)
-        sizes = {name: weight.num_bytes for name, weight in weights.items()}
-        write_shards(sizes, lambda name, of=weights: of[name].read().contiguous(), part_folder)
+        write_stored(weights, part_folder)
     if "llm" in parts.weights:
         parts.tokenizer.save_pretrained(folder / "llm")
     if "image" in parts.weights:

@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mllm.checkpoints.tensor_files import write_shards
 from mllm.convert.restricted import Inert, StoredTensor, check_tensors, read_checkpoint
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
@@ -50,6 +51,26 @@ class StoredWeight:
         tensor = self.load()
         check_numbers(self.path, self.name, tensor)
         return tensor
+
+
+def read_all(weights: Mapping[str, StoredWeight]) -> dict[str, Tensor]:
+    """Read tensors that were found into memory, by the same names.
+
+    Raises:
+        ValueError: as `StoredWeight.read`.
+    """
+    return {name: weight.read() for name, weight in weights.items()}
+
+
+def write_stored(weights: Mapping[str, StoredWeight], folder: Path) -> None:
+    """Write tensors as hubs hold a model, and hold one file's in memory; see `write_shards`.
+
+    Raises:
+        ValueError: as `StoredWeight.read`.
+        WriteError: the disk refuses it.
+    """
+    sizes = {name: weight.num_bytes for name, weight in weights.items()}
+    write_shards(sizes, lambda name: weights[name].read().contiguous(), folder)
 
 
 def find_weights(path: str | Path, names: Sequence[str] = WHOLE_MODELS) -> dict[str, StoredWeight]:
@@ -103,17 +124,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_state(path: str | Path) -> dict[str, Tensor]:
-    """Read the state dict in a file: one that was saved as such, or the `state_dict` of a Lightning checkpoint.
-
-    Raises:
-        FileNotFoundError, ValueError: as `find_state` and `StoredWeight.read`.
-    """
-    return {name: weight.read() for name, weight in find_state(path).items()}
-
-
 def find_state(path: str | Path) -> dict[str, StoredWeight]:
-    """Find what `read_state` reads, without the numbers.
+    """Find the state dict in a file: one that was saved as such, or the `state_dict` of a Lightning checkpoint.
 
     Raises:
         FileNotFoundError: there is no such file.

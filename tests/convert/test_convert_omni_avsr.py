@@ -11,7 +11,7 @@ import tiny
 import torch
 from released_av_hubert import released
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -23,7 +23,7 @@ from mllm.cli import main
 from mllm.convert.avsr import convert_file, read_tokenizer
 from mllm.convert.avsr_layout import Loras, Projectors
 from mllm.convert.avsr_options import Options
-from mllm.convert.state_files import read_state
+from mllm.convert.state_files import find_state, read_all
 from mllm.encoders.av_hubert import AVHubertEncoder
 from mllm.inference.answerer import Answerer, Decoding
 
@@ -185,9 +185,23 @@ def test_every_kind_of_file_gives_the_same_state(tmp_path: Path) -> None:
     torch.save({"state_dict": named, "hyper_parameters": {"rank": 32}}, tmp_path / "lightning.ckpt")
     save_file(state, tmp_path / "other.safetensors")
     for name in ("plain.pth", "lightning.ckpt", "other.safetensors"):
-        stored = read_state(tmp_path / name)
+        stored = read_all(find_state(tmp_path / name))
         assert stored.keys() == state.keys()
         assert all(stored[key].equal(state[key]) for key in state)
+
+
+def test_a_large_llm_is_written_in_several_files_and_stays_in_its_own_until_then(
+    tmp_path: Path, parts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = omni("s")
+    largest = max(value.nbytes for name, value in state.items() if name.startswith("llm.model.layers."))
+    monkeypatch.setattr("mllm.checkpoints.tensor_files.SHARD_BYTES", 2 * largest)
+    model, _, _ = converted(tmp_path, state, parts, "omni-avsr")
+    files = sorted((tmp_path / "run" / "llm").glob("*.safetensors"))
+    assert len(files) > 2
+    written = {name: value for file in files for name, value in load_file(file).items()}
+    assert all(value.equal(state[f"llm.{name}"]) for name, value in written.items())
+    assert model.model.language_model.norm.weight.equal(state["llm.model.norm.weight"])
 
 
 def test_llama_avsr_has_one_projector_per_medium_with_or_without_a_norm(tmp_path: Path, parts: dict[str, str]) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from mllm.convert.av_hubert import convert_file
 from mllm.convert.restricted import Inert, StoredTensor, plain, read_checkpoint
-from mllm.convert.state_files import find_state, read_state
+from mllm.convert.state_files import find_state, read_all
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "pt"
 FORMATS = [pytest.param(True, id="archive"), pytest.param(False, id="stream")]
@@ -198,18 +198,18 @@ def test_a_tensor_of_more_numbers_than_its_storage_is_refused(tmp_path: Path, nu
     program = b"\x80\x02}U\x01a" + TENSOR + axis + b"\x85K\x00\x85\x89NtRs."
     start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match=rf"a tensor of shape \({numbers},\) reaches beyond its 4 numbers"):
-        read_state(archive(tmp_path / "x.pt", program, bytes(16)))
+        read_all(find_state(archive(tmp_path / "x.pt", program, bytes(16))))
     check_was_cheap(start, before)
 
 
 def test_tensors_that_share_numbers_are_read_unless_they_are_many_times_the_file(tmp_path: Path) -> None:
     shared = torch.arange(2_000.0)
-    tied = read_state(write(tmp_path / "x.pt", {"embed": shared, "head": shared}, True))
+    tied = read_all(find_state(write(tmp_path / "x.pt", {"embed": shared, "head": shared}, True)))
     assert tied["embed"].equal(shared)
     assert tied["head"].equal(shared)
     many = write(tmp_path / "y.pt", {str(number): shared for number in range(20)}, True)
     with pytest.raises(ValueError, match=r"y\.pt: its tensors share their numbers, and would be 160000 bytes"):
-        read_state(many)
+        read_all(find_state(many))
 
 
 @pytest.mark.parametrize("nested", [LISTS, laughs(b"]", b"\x86", 60)])
@@ -236,7 +236,7 @@ def test_small_files_that_asked_for_gigabytes_are_refused_within_a_second_and_64
     """They made converting AV-HuBERT take 3 and 4 GiB, and not end."""
     start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match=message):
-        read_state(FIXTURES / f"{name}.pt") if name == "bigstride" else convert_file(FIXTURES / f"{name}.pt")
+        read_all(find_state(FIXTURES / f"{name}.pt")) if name == "bigstride" else convert_file(FIXTURES / f"{name}.pt")
     check_was_cheap(start, before)
 
 
@@ -252,7 +252,7 @@ def test_a_damaged_archive_is_refused_or_holds_what_was_saved(tmp_path: Path, wh
         damaged[rng.randrange(directory if where == "structure" else 0, len(whole))] ^= 1 << rng.randrange(8)
         (tmp_path / "x.pt").write_bytes(damaged)
         try:
-            read = read_state(tmp_path / "x.pt")
+            read = read_all(find_state(tmp_path / "x.pt"))
         except ValueError as error:
             refused += "x.pt" in str(error)
         else:
@@ -267,7 +267,7 @@ def test_archives_without_check_sums_are_read(tmp_path: Path) -> None:
         path = write(tmp_path / "x.pt", {"w": torch.ones(3)}, True)
     finally:
         torch.serialization.set_crc32_options(True)
-    assert read_state(path)["w"].tolist() == [1.0, 1.0, 1.0]
+    assert read_all(find_state(path))["w"].tolist() == [1.0, 1.0, 1.0]
 
 
 def test_a_pickle_of_more_values_than_anybody_saves_is_refused(tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path: Path, suffix:
     path = tmp_path / f"x.{suffix}"
     torch.save(state, path) if suffix == "pt" else save_file(state, path)
     with pytest.raises(ValueError, match=rf"x\.{suffix} is damaged, or its training was: bitten holds"):
-        read_state(path)
+        read_all(find_state(path))
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "int16", "uint64", "bool", "complex64", "float8_e8m0fnu"])
@@ -308,7 +308,7 @@ def test_a_type_that_torch_does_not_know_is_refused_by_the_file(tmp_path: Path) 
     head = json.dumps({"w": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}).encode()
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + bytes(3))
     with pytest.raises(ValueError, match=r"x\.safetensors"):
-        read_state(tmp_path / "x.safetensors")
+        read_all(find_state(tmp_path / "x.safetensors"))
 
 
 def test_finding_weights_reads_no_numbers(tmp_path: Path) -> None:

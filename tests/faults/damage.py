@@ -10,7 +10,7 @@ from ground import Ground, Outcome
 from pickles import hostile_files
 
 from mllm.checkpoints.load import export
-from mllm.convert.state_files import read_state
+from mllm.convert.state_files import find_state, read_all
 from mllm.media import MediaError, load_audio, load_image, load_video
 from mllm.training.run_folder import list_checkpoints, read_checkpoint
 from mllm.utils.sealing import MANIFEST, check_before_load, read_manifest
@@ -96,7 +96,7 @@ def hostile_checkpoints(ground: Ground, tries: int, rng: random.Random) -> Outco
         path.write_bytes(content)
         problems = []
         try:
-            read_state(path)
+            read_all(find_state(path))
         except ValueError:
             pass
         except BaseException as error:
