@@ -478,6 +478,35 @@ def _llava_next_processor(tokenizer: Any) -> Any:
     )
 
 
+_ONEVISION_PINPOINTS = [[24 * rows, 24 * columns] for rows in (1, 2, 3) for columns in (1, 2, 3)]
+
+
+def _llava_onevision_config(tokenizer: Any) -> Any:
+    return hf.LlavaOnevisionConfig(
+        vision_config=hf.SiglipVisionConfig(vision_use_head=False, **VISION),
+        text_config=hf.Qwen2Config(**TEXT),
+        image_token_index=_id(tokenizer, "<image>"),
+        video_token_index=_id(tokenizer, "<video>"),
+        image_grid_pinpoints=_ONEVISION_PINPOINTS,
+        vision_aspect_ratio="anyres_max_3",  # of 2 x 2 tiles a map is left as it is, of 3 x 3 it is scaled down
+        tie_word_embeddings=False,
+    )
+
+
+def _llava_onevision_processor(tokenizer: Any) -> Any:
+    return processor_class("llava_onevision")(
+        image_processor=hf.LlavaOnevisionImageProcessorPil(
+            size={"height": 24, "width": 24}, image_grid_pinpoints=_ONEVISION_PINPOINTS
+        ),
+        tokenizer=tokenizer,
+        video_processor=None,
+        num_image_tokens=36,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_3",
+        chat_template=tokenizer.chat_template,
+    )
+
+
 def _mistral3_config(tokenizer: Any) -> Any:
     return hf.Mistral3Config(
         vision_config=hf.PixtralVisionConfig(**{**VISION, "image_size": 128}, head_dim=8),
@@ -660,6 +689,9 @@ HOSTS: dict[str, TinyHost] = {
         names=tuple((f"{name}_token", f"<{name}>") for name in ("boi", "eoi", "boa", "eoa", "image", "audio")),
     ),
     "llava_next": TinyHost(("<image>",), IMAGES_FIRST, _llava_next_config, _llava_next_processor),
+    "llava_onevision": TinyHost(
+        ("<image>", "<video>"), IMAGES_FIRST, _llava_onevision_config, _llava_onevision_processor
+    ),
     "mistral3": TinyHost(("[IMG]", "[IMG_BREAK]", "[IMG_END]"), _typed("[IMG]"), _mistral3_config, _mistral3_processor),
     "qwen2_audio": TinyHost(
         ("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"),

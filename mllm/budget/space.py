@@ -52,6 +52,7 @@ class TokenCount:
     0 tokens leave the medium out: its encoder's features are not shown, and only the tokens around its span stay.
     Where it is several encoded images, `each` are the tokens of one of them, and either `tiles` says how the image
     is cut, `frames` how many are shown of the video, or `pieces` how many a host's own processor has made of an image.
+    Where all tiles are pooled as one map, `each` are those of the thumbnail, and `map_tokens` those of the map.
     `resolution` is that of an image which its host is to see smaller than by default.
     """
 
@@ -62,6 +63,7 @@ class TokenCount:
     frames: int = 0
     pieces: int = 0
     resolution: Resolution | None = None
+    map_tokens: int = 0
 
     @property
     def amount(self) -> Amount:
@@ -74,8 +76,15 @@ class TokenCount:
 
     @property
     def num_images(self) -> int:
-        """Encoded items that are shown."""
+        """Encoded images that are shown."""
         return self.tiles.num_images if self.tiles else self.frames or self.pieces or 1
+
+    @property
+    def item_tokens(self) -> list[int]:
+        """The soft tokens of each encoded item that is shown: of the map alone where its tiles are pooled as one."""
+        if self.map_tokens:
+            return [self.each, self.map_tokens]
+        return [self.each or self.tokens] * self.num_images
 
 
 @dataclass(frozen=True)
@@ -194,7 +203,8 @@ class MediumSpace:
             tokens = tiling.num_tokens(tiles, each, image=image, tile=tile, grid=grid)
         except ValueError as error:
             raise ValueError(f"{self.medium}={each} cannot be met: {error}") from error
-        return TokenCount(tokens, each=each, tiles=tiles)
+        map_tokens = tiling.map_tokens(tiles, each, image=image, grid=grid)
+        return TokenCount(tokens, each=each, tiles=tiles, map_tokens=map_tokens)
 
     def _count_frames(self, each: int, extent: Extent, num_frames: int | None) -> TokenCount:
         shown = extent.num_images if num_frames is None else num_frames

@@ -8,9 +8,12 @@ wastes least (LLaVA-NeXT's rule). The image is scaled into it with its sides in 
 
 `spatial_unpad` puts the tokens of all tiles together as one map, cuts off what lies over padding, and ends every row of
 the map with a newline: LLaVA-NeXT's order, at every number of tokens that forms a map. `flat` leaves the tiles one
-after the other, whatever their tokens are, with a newline behind each row of tiles.
+after the other, whatever their tokens are, with a newline behind each row of tiles. `whole_map` puts the features of
+all tiles together before any is pooled, cuts off what lies over padding, scales a large map down, and pools the map by
+itself, with a newline behind each row: LLaVA-OneVision's order, at every number of tokens.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -18,9 +21,11 @@ from functools import lru_cache
 from typing import Literal
 
 Kind = Literal["pinpoints", "free"]
-Merge = Literal["spatial_unpad", "flat"]
+Merge = Literal["spatial_unpad", "flat", "whole_map"]
 Size = tuple[int, int]
 """Height and width: in pixels, patches or tokens."""
+LEAST_SHRINKING = 1.1
+"""Maps that would be scaled down by no more than this are left as they are, as LLaVA-OneVision leaves them."""
 LLAVA_NEXT = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 """Rows and columns of LLaVA-NeXT's five sizes, in its order, which decides between equally good ones."""
 
@@ -58,6 +63,8 @@ class Tiling:
         thumbnail: whether the whole image, squeezed into a tile, comes first.
         merge: see the file's docstring.
         newline: whether a learned token ends the rows.
+        keeps_single: cut an image of a single tile too, though its thumbnail shows the same.
+        max_map_tiles: with `whole_map`, how many tiles' features a map may have before it is scaled down.
     """
 
     kind: Kind = "pinpoints"
@@ -66,6 +73,8 @@ class Tiling:
     thumbnail: bool = True
     merge: Merge = "spatial_unpad"
     newline: bool = True
+    keeps_single: bool = False
+    max_map_tiles: int = 0
 
     def shapes(self, tile: Size) -> list[Size]:
         """List the rows and columns an image may be cut into, in the order that decides between equally good ones.
@@ -106,7 +115,7 @@ class Tiling:
             least = min(rows * columns for rows, columns in every)
             raise ValueError(f"tiles<={max_tiles} leaves nothing of an image without a thumbnail; allowed from {least}")
         best = _best(shapes, image, tile) if shapes else None
-        if best is None or (best == (1, 1) and self.thumbnail):
+        if best is None or (best == (1, 1) and self.thumbnail and not self.keeps_single):
             return Tiles(0, 0, True)
         return Tiles(*best, self.thumbnail)
 
@@ -129,11 +138,42 @@ class Tiling:
         """
         if self.merge == "flat":
             return tiles.num_images * each + (tiles.rows if self.newline else 0)
+        if self.merge == "whole_map" and tiles.count:
+            pooled, whole = self.map_tokens(tiles, each, image=image, grid=grid), self.map_size(tiles, grid, image)
+            return each * int(tiles.has_thumbnail) + pooled + int(self.newline) * pooled_rows(pooled, whole)
         shape = map_of(each, grid)
         if not tiles.count:
             return each + int(self.newline)
         _, _, height, width = kept_map(tiles, shape, image)
         return each * int(tiles.has_thumbnail) + height * (width + int(self.newline))
+
+    def map_size(self, tiles: Tiles, grid: Size, image: Size) -> Size:
+        """Return the rows and columns of features of the map of all tiles, without padding and scaled down.
+
+        Args:
+            tiles: at least one.
+            grid: patches of a tile.
+            image: its size, in pixels.
+        """
+        _, _, height, width = kept_map(tiles, grid, image)
+        shrink = math.sqrt(height * width / (self.max_map_tiles * grid[0] * grid[1]))
+        if shrink <= LEAST_SHRINKING:
+            return height, width
+        return int(height // shrink), int(width // shrink)
+
+    def map_tokens(self, tiles: Tiles, each: int, *, image: Size, grid: Size) -> int:
+        """Count the tokens, newlines not among them, of a map that is pooled by itself; 0 where none is.
+
+        It has as many per feature as the thumbnail has, rounded down, and at least one.
+
+        Args:
+            each: tokens of the thumbnail.
+            image, grid: as in `map_size`.
+        """
+        if self.merge != "whole_map" or not tiles.count:
+            return 0
+        height, width = self.map_size(tiles, grid, image)
+        return max(1, height * width * each // (grid[0] * grid[1]))
 
 
 def _best(shapes: Sequence[Size], image: Size, tile: Size) -> Size:

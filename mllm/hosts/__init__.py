@@ -4,6 +4,7 @@ Knows classes of transformers by family. Does not know budgets, compressors, ada
 
     families.py   the literal registry, and what follows from a host's config alone
     tiles.py      features of images that are cut into tiles of one size
+    maps.py       features of images whose tiles are read as one map, scaled down where it is large
     patches.py    features of images that keep their shape
     clips.py      features of audio clips
     channels.py   what decoders read of a token beside its embedding

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mllm.encoders import Encoder
 from mllm.hosts.families import find_family, host_facts
+from mllm.hosts.maps import map_features
 from mllm.hosts.tiles import image_side, tile_features
 
 
@@ -42,8 +43,9 @@ class HostEncoder(Encoder):
         """Encodes media by the host's own method.
 
         Args:
-            values: tiles (N, 3, h, w), patches (N, P, D), or clips as `mllm.hosts.clips` says of the family.
-            lengths: (N,) true lengths of clips; (N, 2) grids of images that keep their shape.
+            values: tiles (N, 3, h, w), the tiles of maps (N, P, D), patches (N, P, D), or clips as `mllm.hosts.clips`
+                says of the family.
+            lengths: (N,) true lengths of clips; (N, 2) grids of images that keep their shape; (N, 6) sizes of maps.
 
         Returns:
             (N, T, H) of tiles; of all else also the counts (N,).
@@ -53,6 +55,9 @@ class HostEncoder(Encoder):
             assert lengths is not None
             return self.family.patches.features(body, values, lengths), lengths.prod(dim=1)
         if self.family.images is not None:
+            if self.family.images.reads_maps:
+                assert lengths is not None
+                return map_features(body, values, lengths), lengths[:, :2].prod(dim=1)
             return tile_features(body, values, is_nested=self.family.images.is_nested)
         assert self.family.clips is not None
         assert lengths is not None
@@ -65,6 +70,9 @@ class HostEncoder(Encoder):
             return self.family.patches.smallest(body.config)
         if self.family.images is not None:
             side = image_side(body.config)
+            if self.family.images.reads_maps:
+                assert self.grid is not None
+                return torch.zeros(1, 1, 3 * side * side), torch.tensor([[*self.grid, 1, 1, *self.grid]])
             return torch.ones(1, 3, side, side), None  # zeros would be padding to Idefics3
         assert self.family.clips is not None
         return self.family.clips.smallest(body.config)

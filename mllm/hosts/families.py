@@ -33,11 +33,15 @@ class Images:
         is_nested: whether its method takes the tiles of an image one dimension deeper.
         tiling: how the tiles of an image are put together as one map, from the host's config; None where they stay
             apart.
+        reads_maps: the tiles of an image are one encoded item behind its thumbnail; see `mllm.hosts.maps`.
+        shows_one: a prompt is about one image; several would be seen otherwise than one.
     """
 
     grid: Callable[[Any], Grid]
     is_nested: bool = False
     tiling: Callable[[Any], Tiling] | None = None
+    reads_maps: bool = False
+    shows_one: bool = False
 
     def num_positions(self, config: Any, num_features: int) -> int:
         """Count the patches that the encoder reads for one tile."""
@@ -245,6 +249,11 @@ HOSTS: dict[str, HostFamily] = {
         "LlavaNextProcessor",
         images=Images(tiles.llava_grid, tiling=tiles.pinpoint_tiling),
     ),
+    "llava_onevision": HostFamily(
+        "LlavaOnevisionForConditionalGeneration",
+        "LlavaOnevisionProcessor",
+        images=Images(tiles.llava_grid, tiling=tiles.scaled_tiling, reads_maps=True, shows_one=True),
+    ),
     "mistral3": HostFamily(
         "Mistral3ForConditionalGeneration",
         "PixtralProcessor",
@@ -303,7 +312,6 @@ _TYPICAL_SIDE = 16
 """Rows and columns of an image that reports are about, where images keep their shape."""
 NOT_YET: dict[str, str] = {
     "qwen2_5_omni": "it reads several media at once",
-    "llava_onevision": "it scales the map of a large image down before it reads it",
     "voxtral": "its prompts are made by mistral-common and by no template",
 }
 """Families that are known and refused, each with the reason."""

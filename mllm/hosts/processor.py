@@ -22,6 +22,7 @@ from mllm.budget.resolution import Resolution
 from mllm.budget.tiling import Size, Tiles, Tiling
 from mllm.hosts.channels import PrefixTypes
 from mllm.hosts.families import HostFamily, Patches, find_family, host_facts, host_tiling, placeholder_id
+from mllm.hosts.maps import MapSizes, map_items
 from mllm.hosts.resizing import HostResizing, resizing_of
 from mllm.hosts.rows import RowBreaks, without_breaks
 from mllm.media import Audio
@@ -46,6 +47,8 @@ class HostItem:
         grid: rows and columns of the soft tokens of an image that keeps its shape.
         breaks: ids that stand behind its rows, which are not among `ids`.
         tiles, image_pixels: of an image whose tiles are put together as one map, for which there is one placeholder.
+        maps: sizes of the thumbnail and of the map, where that is pooled by itself; see `mllm.hosts.maps`. The values
+            are (2, P, pixels of a tile) then.
     """
 
     values: Tensor
@@ -56,6 +59,7 @@ class HostItem:
     breaks: RowBreaks | None = None
     tiles: Tiles | None = None
     image_pixels: Size | None = None
+    maps: tuple[MapSizes, ...] = ()
 
     @property
     def num_tags(self) -> int:
@@ -71,6 +75,8 @@ class HostItem:
     @property
     def num_images(self) -> int:
         """Count the encoded images it makes."""
+        if self.tiles is not None:
+            return self.tiles.num_images
         return len(self.values) if self.values.dim() == 4 else 1
 
 
@@ -246,7 +252,10 @@ class HostProcessor:
             raise ValueError(f"the host's processor made {len(values)} tiles, and {tiles.num_images} were expected")
         tokens = tiling.num_tokens(tiles, each, image=image_pixels, tile=tile, grid=grid)
         ids = self._one_per_tile(outputs["input_ids"][0].tolist(), each=tokens, num_tiles=1)
-        return HostItem(values, 1, ids, each, tiles=tiles, image_pixels=image_pixels)
+        maps: tuple[MapSizes, ...] = ()
+        if tiling.merge == "whole_map":
+            values, maps = map_items(values, tiles, tiling, image_pixels=image_pixels, grid=grid)
+        return HostItem(values, 1, ids, each, tiles=tiles, image_pixels=image_pixels, maps=maps)
 
     def _patches(self, outputs: Mapping[str, Any], family: Patches) -> HostItem:
         """Take an image that keeps its shape out of what the host's processor gives."""

@@ -7,6 +7,8 @@ Shapes: N tiles, h x w pixels of one, T soft tokens of one, H the LLM's hidden s
 
 import inspect
 import math
+import re
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ def tile_features(body: Any, pixel_values: Tensor, *, is_nested: bool) -> Tensor
         (N, T, H), each tile in reading order.
     """
     if hasattr(body, "pack_image_features"):
-        return _unpacked_features(body, pixel_values)
+        return unpacked_features(body, pixel_values)
     values = pixel_values[None] if is_nested else pixel_values
     output = body.get_image_features(pixel_values=values, **method_settings(body), return_dict=True)
     soft = output.pooler_output
@@ -44,7 +46,7 @@ def method_settings(body: Any) -> dict[str, Any]:
     return {key: getattr(body.config, key) for key in _SETTINGS if key in known and hasattr(body.config, key)}
 
 
-def _unpacked_features(body: Any, pixel_values: Tensor) -> Tensor:
+def unpacked_features(body: Any, pixel_values: Tensor) -> Tensor:
     """Encode and project tiles by the steps of LLaVA-NeXT's method, which then puts them together as one map."""
     config = body.config
     hidden = body.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
@@ -57,6 +59,20 @@ def _unpacked_features(body: Any, pixel_values: Tensor) -> Tensor:
 def pinpoint_tiling(config: Any) -> Tiling:
     """Return how a LLaVA-NeXT cuts images and puts their tiles together."""
     return Tiling(pinpoints=tuple((height, width) for height, width in config.image_grid_pinpoints))
+
+
+def scaled_tiling(config: Any) -> Tiling:
+    """Return how a LLaVA-OneVision cuts images, puts their tiles together, and scales down what that gives.
+
+    Raises:
+        ValueError: another way than to allow the features of so many tiles.
+    """
+    known = re.fullmatch(r"anyres_max_([1-9]\d*)", config.vision_aspect_ratio)
+    if known is None:
+        raise ValueError(
+            f"this llava_onevision has vision_aspect_ratio {config.vision_aspect_ratio!r}; allowed: anyres_max_N"
+        )
+    return replace(pinpoint_tiling(config), merge="whole_map", keeps_single=True, max_map_tiles=int(known[1]))
 
 
 def image_side(config: Any) -> int:

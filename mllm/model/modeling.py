@@ -138,7 +138,8 @@ class ElasticModel(ElasticPreTrainedModel):
 
         Args:
             values: raw input of the encoder, items first; of any floating dtype.
-            lengths: (N,) true raw lengths of a stream; (N, 2) grids of images that keep their shape.
+            lengths: (N,) true raw lengths of a stream; (N, 2) grids of images that keep their shape, with more behind
+                them where a host reads maps.
 
         Returns:
             Features in the dtype of the medium's compressor.
@@ -153,7 +154,8 @@ class ElasticModel(ElasticPreTrainedModel):
             else:
                 features, counts = encoder(values, lengths)
             features = as_weights_of(self.compressors[medium], features)
-        return Features(features, counts, grids=lengths if medium == "image" else None)
+        grids = lengths[:, :2] if medium == "image" and lengths is not None else None
+        return Features(features, counts, grids=grids)
 
     def compress(
         self,

@@ -401,11 +401,11 @@ def _media_inputs(spans: Sequence[PlacedSpan]) -> dict[str, Tensor]:
         if not of_medium:
             continue
         # A span of several encoded images is as many spans to the model, each with its own count.
-        items_and_counts = [(item, placed.cost) for placed in of_medium for item in placed.items]
-        inputs[f"num_{medium}_tokens"] = torch.tensor([cost.each or cost.tokens for _, cost in items_and_counts])
+        tokens = [count for placed in of_medium for count in placed.cost.item_tokens]
+        inputs[f"num_{medium}_tokens"] = torch.tensor(tokens)
         if medium != "image":
-            inputs[f"{medium}_rates"] = torch.tensor([cost.rate for _, cost in items_and_counts])
-        items = [item for item, _ in items_and_counts]
+            inputs[f"{medium}_rates"] = torch.tensor([placed.cost.rate for placed in of_medium for _ in placed.items])
+        items = [item for placed in of_medium for item in placed.items]
         if items != list(range(len(items))):
             inputs[f"{medium}_index"] = torch.tensor(items)
         if any(placed.order is not None for placed in of_medium):

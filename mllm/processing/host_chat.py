@@ -47,6 +47,15 @@ class HostChatEncoder(ChatEncoder):
             answers = [part for message in messages if message.role == "assistant" for part in message.parts]
             if any(isinstance(part, Text) and "\n" in part.text for part in answers):
                 raise RefusedConversation(f"a {self.host.config.model_type} gives answers of one line alone")
+        images = self.host.family.images
+        if images is not None and images.shows_one:
+            num_media = sum(isinstance(part, Media) for message in messages for part in message.parts)
+            if num_media > 1:
+                name = self.host.config.model_type
+                raise RefusedConversation(
+                    f"a {name} sees each of several images as one small square, which is not supported yet; give one "
+                    f"image, got {num_media}"
+                )
         return super()._plan(messages, prompt)
 
     def _shows_media(self) -> bool:

@@ -56,7 +56,9 @@ class LoadedMedia:
 
     Where it is several encoded images, values are (P, 3, h, w): of an image of `image_pixels` (height, width) the
     thumbnail and the tiles of every one of `tilings`; of a video its frames, and `encoded_as` names the medium whose
-    encoder they want. `grid` is that of an image's patches where images keep their shape.
+    encoder they want. `grid` is that of an image's patches where images keep their shape. Where a host reads all
+    tiles as one map, values are (2, P, pixels of a tile), and `maps` are the sizes of the thumbnail and of the map; see
+    `mllm.hosts.maps`.
 
     Of audio as it is to be answered about, `estimated_snr_db` says how noisy it sounds.
 
@@ -74,6 +76,7 @@ class LoadedMedia:
     views: tuple[HostView, ...] = ()
     num_features: int = 0
     estimated_snr_db: float | None = None
+    maps: tuple[tuple[int, ...], ...] = ()
 
     @property
     def encoder(self) -> str:
@@ -87,7 +90,7 @@ class LoadedMedia:
 
     @property
     def _is_stack(self) -> bool:
-        return self.values.ndim == 4 or (self.values.ndim == 3 and len(self.views) > 1)
+        return self.values.ndim == 4 or (self.values.ndim == 3 and (len(self.views) > 1 or bool(self.maps)))
 
     @property
     def items(self) -> list[Tensor]:
@@ -95,10 +98,10 @@ class LoadedMedia:
         return list(self.values) if self._is_stack else [self.values]
 
     @property
-    def grids(self) -> list[Size]:
-        """List the grids of its encoded items, where images keep their shape."""
+    def grids(self) -> list[tuple[int, ...]]:
+        """List the grids of its encoded items, where images keep their shape, with what else says how they are read."""
         own = [] if self.grid is None else [self.grid]
-        return own or [view.grid for view in self.views if view.grid is not None]
+        return own or list(self.maps) or [view.grid for view in self.views if view.grid is not None]
 
 
 def cuts_of(extents: Sequence[Extent], budgets: Sequence[Budget], space: Space) -> list[tuple[Tiles, ...]]:
@@ -174,7 +177,7 @@ def stack_media(items: Sequence[LoadedMedia]) -> dict[str, Tensor]:
 
     Returns:
         `pixel_values` (N, 3, h, w), tiles and frames one after the other, or (N, P, values of a patch) with
-        `image_grids` (N, 2) of images that keep their shape; `audio_values` (N, ...) and `video_values`
+        `image_grids` (N, 2) of images that keep their shape, (N, 6) of maps; `audio_values` (N, ...) and `video_values`
         (N, T, 1, h, w) with their `audio_lengths`, `video_lengths` (N,). Media that do not occur are left out.
     """
     out: dict[str, Tensor] = {}

@@ -420,6 +420,7 @@ class ElasticProcessor(ProcessorCalls):
             tilings=() if item.tiles is None else (item.tiles,),
             views=(HostView(item.ids, item.num_placeholders, item.breaks),),
             estimated_snr_db=estimated_snr_db(raw) if isinstance(raw, Audio) else None,
+            maps=item.maps,
         )
 
     def _resized(self, host: HostProcessor, raw: Any, resolutions: Sequence[Resolution]) -> LoadedMedia:

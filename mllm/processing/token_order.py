@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mllm.budget import Extent, TokenCount
 from mllm.budget.tiling import Size, Tiles, Tiling, kept_map, map_of
+from mllm.hosts.rows import row_sizes
 
 NEWLINE = -1
 
@@ -43,6 +44,8 @@ def shown_items(extent: Extent, cost: TokenCount, tilings: Sequence[Tiles] = ())
             f"the image was loaded as {known} and its budget cuts it into {cost.tiles}: load media with the budgets "
             "they are asked at"
         )
+    if cost.map_tokens:  # the tiles are one encoded item behind the thumbnail
+        return [0, 1]
     start = len(thumbnail) + sum(other.count for other in tilings[: list(tilings).index(cost.tiles)])
     return [*thumbnail, *range(start, start + cost.tiles.count)]
 
@@ -56,6 +59,9 @@ def order_of(extent: Extent, cost: TokenCount, tiling: Tiling | None) -> Tensor:
         return _flat(cost.tiles, each, tiling.newline)
     assert extent.grid is not None
     assert extent.image_pixels is not None
+    if cost.map_tokens:
+        whole = tiling.map_size(cost.tiles, extent.grid, extent.image_pixels)
+        return _whole_map(each, tuple(row_sizes(whole, cost.map_tokens)))
     shape = map_of(each, extent.grid)
     kept = kept_map(cost.tiles, shape, extent.image_pixels) if cost.tiles.count else None
     return _spatial(cost.tiles, shape, kept, tiling.newline)
@@ -91,6 +97,13 @@ def _spatial(tiles: Tiles, shape: Size, kept: tuple[int, int, int, int] | None, 
     top, left, height, width = kept
     rows = torch.stack([piece, token], dim=-1)[top : top + height, left : left + width]
     return torch.cat([thumbnail, _with_newlines(rows) if newline else rows.flatten(0, 1)])
+
+
+@lru_cache(maxsize=512)
+def _whole_map(each: int, sizes: tuple[int, ...]) -> Tensor:
+    """Order the thumbnail, then the rows of the map, which need not be equally long."""
+    rows = torch.stack([torch.ones(sum(sizes), dtype=torch.int64), torch.arange(sum(sizes))], dim=-1).split(sizes)
+    return torch.cat([_in_turn(1, each), *(_with_newlines(row[None]) for row in rows)])
 
 
 def _with_newlines(rows: Tensor) -> Tensor:
