@@ -66,7 +66,7 @@ def write_experts(model: ElasticForConditionalGeneration, names: ExpertNames, fo
         ValueError: no bank, or one that has a shared expert alone, which is merged.
     """
     if not (names.scales or names.tasks):
-        raise ValueError("experts_as_lora is true, but the adapter has no experts per scale or task")
+        raise ValueError("form is experts, but the adapter has no experts per scale or task")
     loras = loras_of_bank(model, names)
     take_out_bank(model.model.language_model)
     for name, lora in loras.items():

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast, get_args
 
 import torch
 from safetensors import safe_open
@@ -41,6 +41,7 @@ from mllm.utils.run_paths import MODEL_ASIDE, NEWEST, PROCESSOR, model_folder, r
 from mllm.utils.sealing import MANIFEST, check_before_load, files_below, renew_seal, seal_folder, unchecked
 
 TRAINABLES = "trainables.safetensors"
+ExportForm = Literal["model", "llm", "experts"]
 
 
 def save_run(
@@ -314,8 +315,8 @@ def export(
     task: str | None = None,
     checkpoint: str | int | None = None,
     sources: Mapping[str, str] | None = None,
-    llm_only: bool = False,
-    experts_as_lora: bool = False,
+    form: ExportForm = "model",
+    dtype: str | torch.dtype = "float32",
 ) -> None:
     """Write a run as one standalone checkpoint: adapters merged, frozen parts and processor included.
 
@@ -328,30 +329,32 @@ def export(
             row is then served by them, whatever it costs.
         out: a folder that is not there yet, or is empty.
         checkpoint, sources: as in `load`.
-        llm_only: write the LLM alone, as a plain checkpoint of its family with its tokenizer, for engines that are
-            handed embeddings.
-        experts_as_lora: write every expert of a bank as a LoRA folder beside an LLM without them, for engines that
-            choose one per request; see `mllm.checkpoints.expert_folders`.
+        form: `model` for all of it; `llm` for the LLM alone, as a plain checkpoint of its family with its tokenizer,
+            for engines that are handed embeddings; `experts` for every expert of a bank as a LoRA folder beside an LLM
+            without them, for engines that choose one per request (see `mllm.checkpoints.expert_folders`).
+        dtype: of the frozen parts, as in `load`; the adapter is merged in it, and with bfloat16 half the memory is
+            needed.
 
     Raises:
         ValueError: a folder that holds something, an adapter that cannot be merged, a quantised LLM, or a scale or task
             that is missing or that it has not.
     """
-    if experts_as_lora and (scale or task or llm_only):
-        raise ValueError("experts_as_lora writes every expert; it does not go with scale, task or llm_only")
+    if form not in get_args(ExportForm):
+        raise ValueError(f"form is {form!r}; it is one of {', '.join(get_args(ExportForm))}")
+    if form == "experts" and (scale or task):
+        raise ValueError("form is experts, which writes every expert; it does not go with scale or task")
     home = model_folder(folder, checkpoint)
     _check_mergeable(ElasticConfig.from_pretrained(home), f"an export of {home} merges its adapter")
     with new_folder(out) as new:
-        model, processor = load(folder, device="cpu", checkpoint=checkpoint, sources=sources)
+        model, processor = load(folder, dtype=dtype, device="cpu", checkpoint=checkpoint, sources=sources)
         if model.config.host_config is not None:
-            if scale or task or llm_only or experts_as_lora:
+            if scale or task or form != "model":
                 raise ValueError(
-                    f"{folder} is a model on a host, which is exported as it is; leave out scale, task, llm_only and "
-                    "experts_as_lora"
+                    f"{folder} is a model on a host, which is exported as it is; leave out scale, task and form"
                 )
             _write_with_adapter(model, processor, new)
         else:
-            if experts_as_lora:
+            if form == "experts":
                 write_experts(model, processor.expert_names, new)
             else:
                 select_experts(
@@ -359,7 +362,7 @@ def export(
                     scale_id=_index_of("scale", scale, processor.expert_names.scales),
                     task_id=_index_of("task", task, processor.expert_names.tasks),
                 )
-            _write_merged(model, processor, new, llm_only=llm_only)
+            _write_merged(model, processor, new, llm_only=form == "llm")
         seal_folder(new, files_below(new))
 
 

@@ -1,6 +1,6 @@
 """Embeds prompts here, for engines that run the LLM alone and know nothing of this package.
 
-    mllm export --model runs/demo --out llm --llm_only
+    mllm export --model runs/demo --out llm --form llm
     llm = vllm.LLM("llm", enable_prompt_embeds=True)
     params = SamplingParams(temperature=0, logit_bias=unsaid(model))
     llm.generate([{"prompt_embeds": prompt_embeds(model, processor, sample, "image=16")}], params)

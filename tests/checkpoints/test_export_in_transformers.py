@@ -11,10 +11,13 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 import mllm
+from mllm.budget import Budget
 from mllm.checkpoints.build import build
 from mllm.checkpoints.load import export, save_run
+from mllm.cli import main
 from mllm.inference.answerer import Answerer, Decoding
 from mllm.model.trainables import set_trainables
 
@@ -167,6 +170,19 @@ def test_weights_are_as_readable_as_the_umask_says(folder: Path, tmp_path: Path)
         os.umask(before)
     files = {file.name: oct(file.stat().st_mode & 0o777) for file in (tmp_path / "out").iterdir()}
     assert set(files.values()) == {"0o640"}, files
+
+
+@torch.no_grad()
+def test_an_export_in_bfloat16_is_the_run_merged_in_bfloat16(folder: Path, tmp_path: Path) -> None:
+    assert main(["export", "--model", str(folder / "run"), "--out", str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    exported, processor = mllm.load(tmp_path / "out", dtype="bfloat16")
+    merged, _ = mllm.load(folder / "run", dtype="bfloat16", merge_adapter=True)
+    batch = tiny.batch(processor, [([tiny.random_media("image", 4), "a"], "x")], for_training=True)
+    inputs = processor.expand(batch, [[Budget.parse("image=4")]], left_padding=False).inputs
+    assert exported(**inputs).logits.equal(merged(**inputs).logits)
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        names = [name for name in file.keys() if ".layers." in name and "norm" not in name]  # noqa: SIM118
+        assert {file.get_tensor(name).dtype for name in names} == {torch.bfloat16}
 
 
 def test_a_folder_that_is_not_empty_is_refused(folder: Path, tmp_path: Path) -> None:

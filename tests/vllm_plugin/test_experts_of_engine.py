@@ -27,7 +27,7 @@ BANK = LoraBankConfig(variant="mss", rank=4, alpha=8, targets=["q_proj", "v_proj
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a bank, and beside it its export for engines."""
     made = write_run(tmp_path_factory.mktemp("experts"), ("audio", "video"), text=LLM_SIZES, adapter=BANK)
-    export(made, made.parent / "exported", experts_as_lora=True)
+    export(made, made.parent / "exported", form="experts")
     return made
 
 
@@ -80,11 +80,11 @@ def test_an_export_whose_experts_are_not_whole_is_refused(run: Path, tmp_path: P
 
 
 def test_what_does_not_go_together_is_refused(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="it does not go with scale, task or llm_only"):
-        export(run, tmp_path / "out", scale="audio=/4", experts_as_lora=True)
+    with pytest.raises(ValueError, match="it does not go with scale or task"):
+        export(run, tmp_path / "out", scale="audio=/4", form="experts")
     simple = write_run(tmp_path, ("audio",))
     with pytest.raises(ValueError, match="the adapter has no experts per scale or task"):
-        export(simple, tmp_path / "out", experts_as_lora=True)
+        export(simple, tmp_path / "out", form="experts")
 
 
 def test_an_engine_sets_room_for_loras_aside(experts: ExpertFolders) -> None:

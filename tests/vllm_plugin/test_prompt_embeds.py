@@ -28,7 +28,7 @@ KINDS = (("image",), ("audio",), ("video",), ("audio", "video"))
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run, and beside it its LLM alone."""
     made = write_run(tmp_path_factory.mktemp("alone"), text=LLM_SIZES)
-    export(made, made.parent / "llm", llm_only=True)
+    export(made, made.parent / "llm", form="llm")
     return made
 
 
