@@ -1,7 +1,8 @@
 """Tiny random hosts of every family, saved as a hub would hold them: weights, processor, tokenizer, chat template."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -815,3 +816,15 @@ def inputs(processor: Any, raws: Any, budget: str = "", *, text: str = "what is 
     is_image = processor.host.medium == "image"
     media = {"images": [[raw] for raw in raws]} if is_image else {"audio": [[(raw, 16_000)] for raw in raws]}
     return processor(text=[text] * len(raws), budget=budget, **media)
+
+
+@contextmanager
+def without_adapter(model: Any) -> Iterator[None]:
+    """A model whose adapter does nothing."""
+    loras = [value for name, value in model.named_parameters() if ".lora_B" in name]
+    kept = [one.data.clone() for one in loras]
+    for one in loras:
+        one.data.zero_()
+    yield
+    for one, before in zip(loras, kept, strict=True):
+        one.data.copy_(before)

@@ -14,7 +14,8 @@ class Resolution:
     """Holds one way in which a host's processor sees an image.
 
     Args:
-        setting: what its processor is called with; None where that is its own default.
+        setting: what its processor is called with, of one whose tiles are read as a map the most tiles; None where that
+            is its own default.
         num_images: encoded images it makes, the thumbnail counted.
         tokens: soft tokens of all of them, before any is pooled.
         grid: their rows and columns, where images keep their shape.

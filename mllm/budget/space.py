@@ -159,6 +159,8 @@ class MediumSpace:
         if extent.grid is None:
             return self._count_stream(chosen, extent)
         resolution = self.resolution_of(extent, max_image_tokens)
+        if self.tiling is not None and resolution is not None:  # a host sees fewer tiles then
+            max_tiles = resolution.setting
         if resolution is not None and resolution.grid is not None:
             extent = replace(extent, grid=resolution.grid)
         one = self._count_grid(chosen, extent)
@@ -166,7 +168,7 @@ class MediumSpace:
             return self._count_frames(one.tokens, extent, num_frames)
         if self.tiling is None:
             return _count_pieces(one, extent, resolution)
-        return self._count_tiles(self.tiling, one.tokens, extent, max_tiles)
+        return replace(self._count_tiles(self.tiling, one.tokens, extent, max_tiles), resolution=resolution)
 
     def check_none(self) -> None:
         """Refuse to leave the medium out where training never did.
@@ -334,6 +336,11 @@ class Space:
                 self.media[medium].check_none()
         if budget.max_tiles is not None and self.media["image"].tiling is None:
             raise ValueError(f"tiles<={budget.max_tiles}: this model does not cut images into tiles")
+        if budget.max_tiles is not None and self.media["image"].resizing is not None:
+            raise ValueError(
+                f"tiles<={budget.max_tiles}: the host of this model cuts images as it does; image<=N lets it see fewer "
+                "tiles"
+            )
         if budget.num_frames is not None and not self.media["video"].frame_counts:
             raise ValueError(f"frames={budget.num_frames}: the videos of this model are not frames of images")
         if budget.max_image_tokens is not None and self.media["image"].resizing is None:
@@ -449,7 +456,7 @@ def _choices(extents: list[Extent], budget: Budget, space: Space) -> list[list[T
 
 def _changes(extents: Sequence[Extent], budget: Budget, space: MediumSpace) -> Iterator[dict[str, int]]:
     """The caps on tiles, or the frames, that a medium's items may take under `total<=`; one empty change otherwise."""
-    if space.tiling is not None:
+    if space.tiling is not None and space.resizing is None:
         caps: set[int] = set()
         for extent in extents:
             assert extent.image_pixels is not None

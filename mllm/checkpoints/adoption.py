@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import BatchFeature
 
 from mllm.adapters.adapter_inputs import decoder_layers
+from mllm.budget.tiling import Size, Tiling
 from mllm.checkpoints.build import config_of_host, put_host
 from mllm.checkpoints.pretrained import host_config, load_host, read_tokenizer, unsharded
 from mllm.checkpoints.sources import resolve_source
@@ -26,7 +27,7 @@ from mllm.config.model import ModelConfig
 from mllm.config.processor import ProcessorConfig
 from mllm.config.reading import read
 from mllm.encoders import EncoderFacts
-from mllm.hosts import build_host, find_family, host_facts, read_host_processor, reading_parts
+from mllm.hosts import build_host, find_family, host_facts, host_tiling, read_host_processor, reading_parts
 from mllm.hosts.resizing import GEMMA4_TOKENS, RESIZING
 from mllm.hosts.tiles import method_settings
 from mllm.model.modeling import ElasticForConditionalGeneration
@@ -90,7 +91,7 @@ def examine(reference: str) -> Findings:
         keeps_shape=facts.max_patches is not None,
         tokens_per_second=facts.frames_per_second,
         budgets=_proposed(facts),
-        resolutions=_resolutions(config.model_type, facts),
+        resolutions=_resolutions(config, facts),
     )
 
 
@@ -100,16 +101,30 @@ def _proposed(facts: EncoderFacts) -> tuple[str, ...]:
     return proposed_counts(facts.grid) if facts.max_patches is None else _PATCH_RATES
 
 
-def _resolutions(model_type: str, facts: EncoderFacts) -> tuple[int, ...]:
+def _resolutions(config: Any, facts: EncoderFacts) -> tuple[int, ...]:
     """List two smaller ways of seeing: as much as four tiles and the whole have, and as one."""
-    if model_type not in RESIZING or facts.grid is None:
+    if facts.grid is None:
         return ()
-    if model_type == "gemma4":
+    if (tiling := host_tiling(config)) is not None:
+        return _tile_resolutions(tiling, facts.grid, facts.image_pixels)
+    if config.model_type not in RESIZING:
+        return ()
+    if config.model_type == "gemma4":
         return GEMMA4_TOKENS[-2:]
     if facts.max_patches is not None:
         return (1024, 256)
     rows, columns = facts.grid
     return (5 * rows * columns, rows * columns)
+
+
+def _tile_resolutions(tiling: Tiling, grid: Size, tile: Size | None) -> tuple[int, ...]:
+    """List numbers that every image can keep to: with the thumbnail and four tiles, and with as few as there can be."""
+    assert tile is not None
+    counts = sorted({rows * columns for rows, columns in tiling.shapes(tile)})
+    fewer = [count for count in (4, counts[0]) if counts[0] <= count < counts[-1]]
+    rows, columns = grid
+    # With a newline behind each row, of which there are most where tiles stand on each other.
+    return tuple((1 + count) * rows * columns + count * rows for count in dict.fromkeys(fewer))
 
 
 def proposed_counts(grid: tuple[int, int]) -> tuple[str, ...]:

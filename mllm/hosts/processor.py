@@ -8,6 +8,7 @@ per tile, which is made into as many again as a budget gives the tile.
 
 import inspect
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -19,11 +20,11 @@ from torch import Tensor
 from transformers import AutoFeatureExtractor, ProcessorMixin
 
 from mllm.budget.resolution import Resolution
-from mllm.budget.tiling import Size, Tiles, Tiling
+from mllm.budget.tiling import Size, Tiles
 from mllm.hosts.channels import PrefixTypes
 from mllm.hosts.families import HostFamily, Patches, find_family, host_facts, host_tiling, placeholder_id
 from mllm.hosts.maps import MapSizes, map_items
-from mllm.hosts.resizing import HostResizing, resizing_of
+from mllm.hosts.resizing import HostResizing, TilesResizing, resizing_of
 from mllm.hosts.rows import RowBreaks, without_breaks
 from mllm.media import Audio
 from mllm.transforms.image_processors import image_processor_class, read_image_processor
@@ -46,7 +47,7 @@ class HostItem:
         tokens: soft tokens of each of them at the full budget.
         grid: rows and columns of the soft tokens of an image that keeps its shape.
         breaks: ids that stand behind its rows, which are not among `ids`.
-        tiles, image_pixels: of an image whose tiles are put together as one map, for which there is one placeholder.
+        tiles: of an image whose tiles are put together as one map, for which there is one placeholder.
         maps: sizes of the thumbnail and of the map, where that is pooled by itself; see `mllm.hosts.maps`. The values
             are (2, P, pixels of a tile) then.
     """
@@ -58,7 +59,6 @@ class HostItem:
     grid: tuple[int, int] | None = None
     breaks: RowBreaks | None = None
     tiles: Tiles | None = None
-    image_pixels: Size | None = None
     maps: tuple[MapSizes, ...] = ()
 
     @property
@@ -78,6 +78,11 @@ class HostItem:
         if self.tiles is not None:
             return self.tiles.num_images
         return len(self.values) if self.values.dim() == 4 else 1
+
+    @property
+    def num_items(self) -> int:
+        """Count the encoded items it makes: a map is one."""
+        return len(self.maps) or self.num_images
 
 
 @dataclass(frozen=True)
@@ -184,9 +189,12 @@ class HostProcessor:
         if made != wanted:
             raise ValueError(f"it makes values of size {tuple(made)}, and the encoder reads {tuple(wanted)}")
 
-    def _resizing(self, values: Mapping[str, Any]) -> HostResizing | None:
+    def _resizing(self, values: Mapping[str, Any]) -> HostResizing | TilesResizing | None:
         if self.facts.grid is None:
             return None
+        if self.tiling is not None:
+            assert self.facts.image_pixels is not None
+            return TilesResizing(self.tiling, self.facts.image_pixels, self.facts.grid)
         rows, columns = self.facts.grid
         given = {**values["preprocessor"], **values["arguments"]}
         return resizing_of(self.config.model_type, given, rows * columns)
@@ -203,11 +211,8 @@ class HostProcessor:
         """
         if isinstance(raw, Audio):
             return self._clip(raw)
-        keywords = {}
-        if resolution is not None:
-            assert self.resizing is not None
-            keywords = {"images_kwargs": self.resizing.keywords(resolution.setting)}
-        outputs = self._called(images=[raw], **keywords)
+        setting = None if resolution is None else resolution.setting
+        outputs = self._called(setting, images=[raw])
         if self.family.patches is not None:
             item = self._patches(outputs, self.family.patches)
             if resolution is not None and item.grid != resolution.grid:
@@ -224,6 +229,7 @@ class HostProcessor:
                 f"{self.facts.image_pixels}"
             )
         assert self.facts.grid is not None
+        assert self.facts.image_pixels is not None
         if resolution is not None and len(values) != resolution.num_images:
             raise ValueError(
                 f"the host's processor made {len(values)} tiles of an image of {raw.height} x {raw.width} pixels, and "
@@ -231,23 +237,25 @@ class HostProcessor:
             )
         each = self.facts.grid[0] * self.facts.grid[1]
         if self.tiling is not None:
-            return self._map(outputs, values, (raw.height, raw.width), self.tiling)
+            tiles = self.tiling.choose((raw.height, raw.width), self.facts.image_pixels, setting)
+            return self._map(outputs, values, (raw.height, raw.width), tiles)
         prompt = outputs["input_ids"][0].tolist()
         if self.family.template is not None:  # what stands behind the image is the template's here
             prompt = [token for token in prompt if token == self.placeholder_id]
         ids = self._one_per_tile(prompt, each=each, num_tiles=len(values))
         return HostItem(values, 1, ids, each)
 
-    def _map(self, outputs: Mapping[str, Any], values: Tensor, image_pixels: Size, tiling: Tiling) -> HostItem:
+    def _map(self, outputs: Mapping[str, Any], values: Tensor, image_pixels: Size, tiles: Tiles) -> HostItem:
         """Take an image whose tiles are put together as one map out of what the host's processor gives.
 
         Raises:
             ValueError: other tiles, or a map of another size, than `mllm.budget.tiling` makes.
         """
-        tile, grid = self.facts.image_pixels, self.facts.grid
+        tiling, tile, grid = self.tiling, self.facts.image_pixels, self.facts.grid
+        assert tiling is not None
         assert tile is not None
         assert grid is not None
-        tiles, each = tiling.choose(image_pixels, tile), grid[0] * grid[1]
+        each = grid[0] * grid[1]
         if len(values) != tiles.num_images:
             raise ValueError(f"the host's processor made {len(values)} tiles, and {tiles.num_images} were expected")
         tokens = tiling.num_tokens(tiles, each, image=image_pixels, tile=tile, grid=grid)
@@ -255,7 +263,7 @@ class HostProcessor:
         maps: tuple[MapSizes, ...] = ()
         if tiling.merge == "whole_map":
             values, maps = map_items(values, tiles, tiling, image_pixels=image_pixels, grid=grid)
-        return HostItem(values, 1, ids, each, tiles=tiles, image_pixels=image_pixels, maps=maps)
+        return HostItem(values, 1, ids, each, tiles=tiles, maps=maps)
 
     def _patches(self, outputs: Mapping[str, Any], family: Patches) -> HostItem:
         """Take an image that keeps its shape out of what the host's processor gives."""
@@ -276,7 +284,7 @@ class HostProcessor:
                 f"the audio lasts {raw.seconds:.2f} seconds, and the host's processor would cut it at "
                 f"{clips.window_seconds:g}"
             )
-        outputs = self._called(audio=[raw.samples])
+        outputs = self._called(None, audio=[raw.samples])
         values, length = clips.inputs(outputs)
         ids = outputs["input_ids"][0].tolist()
         tokens = ids.count(self.placeholder_id)
@@ -284,9 +292,26 @@ class HostProcessor:
             raise ValueError(f"a clip of {raw.seconds:.2f} seconds is too short for the host")
         return HostItem(values, length, self._one_per_tile(ids, each=tokens, num_tiles=1), tokens)
 
-    def _called(self, **media: Any) -> Mapping[str, Any]:
-        """Call the processor on one medium item; its own default settings hold unless keywords of images are given."""
-        return self.processor(text=[self.media_token], **media, return_tensors="pt", add_special_tokens=False)
+    def _called(self, setting: int | None, **media: Any) -> Mapping[str, Any]:
+        """Call the processor on one medium item, at a setting of `resizing`; at its own where that is None."""
+        processor, keywords = self.processor, {}
+        if setting is not None and isinstance(self.resizing, TilesResizing):
+            processor = self.seeing(setting)
+        elif setting is not None:
+            assert isinstance(self.resizing, HostResizing)
+            keywords = {"images_kwargs": self.resizing.keywords(setting)}
+        return processor(text=[self.media_token], **media, **keywords, return_tensors="pt", add_special_tokens=False)
+
+    def seeing(self, max_tiles: int) -> Any:
+        """Return the processor as it would be if its images had at most so many tiles.
+
+        It counts placeholders by what its image processor holds, whatever that is called with.
+        """
+        assert isinstance(self.resizing, TilesResizing)
+        processor = copy(self.processor)
+        processor.image_processor = copy(self.processor.image_processor)
+        processor.image_processor.image_grid_pinpoints = self.resizing.pinpoints(max_tiles)
+        return processor
 
     def _one_per_tile(self, ids: list[int], *, each: int, num_tiles: int) -> tuple[int, ...]:
         """Keep of every `each` placeholders the last.

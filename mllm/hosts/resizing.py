@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mllm.budget.resolution import Resolution
-from mllm.budget.tiling import Size
+from mllm.budget.tiling import Size, Tiling
 
 Values = Mapping[str, Any]
 MAX_EDGE_PIXELS = 4096
@@ -86,15 +86,12 @@ class HostResizing:
         if self.kind.is_monotone:
             start = bisect_left(settings, -max_tokens, key=lambda setting: -self._at(image, setting).tokens)
             settings = settings[min(start, len(settings) - 1) :][:1]
-        resolutions = [self._at(image, setting) for setting in settings]
-        if (first := next((one for one in resolutions if one.tokens <= max_tokens), None)) is not None:
-            return first
-        smallest = min(one.tokens for one in (default, *resolutions))
-        height, width = image
-        raise ValueError(
-            f"image<={max_tokens} cannot be met: an image of {height} x {width} pixels takes at least {smallest} "
-            "tokens before it is pooled; image=N pools them"
-        )
+        return _first([default, *(self._at(image, setting) for setting in settings)], image, max_tokens)
+
+    def resolutions(self, image: Size) -> list[Resolution]:
+        """List all, the default first."""
+        settings = self.kind.settings(self.values, image)
+        return [self.default(image), *(self._at(image, setting) for setting in settings)]
 
     def keywords(self, setting: int | None) -> dict[str, Any]:
         """Return what the processor is called with for a setting of a resolution."""
@@ -104,6 +101,66 @@ class HostResizing:
         num_images, grid = self.kind.seen(self.values, image, setting)
         each = self.tokens if grid is None else grid[0] * grid[1]
         return Resolution(None if is_default else setting, num_images, num_images * each, grid)
+
+
+@dataclass(frozen=True)
+class TilesResizing:
+    """Chooses resolutions of images whose tiles are put together as one map, as `HostResizing` does of others.
+
+    Settings are the most tiles of an image: a host of whose sizes, `image_grid_pinpoints`, those with more are left
+    out. It always sees the thumbnail and at least the tiles of its smallest size.
+
+    Args:
+        tiling: of the host.
+        tile: its pixels.
+        grid: patches of a tile.
+    """
+
+    tiling: Tiling
+    tile: Size
+    grid: Size
+
+    def default(self, image: Size) -> Resolution:
+        """Return what the processor does unless it is told otherwise."""
+        return self._at(image, None)
+
+    def at_most(self, image: Size, max_tokens: int) -> Resolution:
+        """Return the first resolution, from the default down, of at most so many tokens.
+
+        Raises:
+            ValueError: none has so few, and the message names the smallest.
+        """
+        return _first(self.resolutions(image), image, max_tokens)
+
+    def resolutions(self, image: Size) -> list[Resolution]:
+        """List all, the default first."""
+        fewer = [most for most in self.tiling.choices(image, self.tile)[1:] if most]
+        return [self.default(image), *(self._at(image, most) for most in fewer)]
+
+    def pinpoints(self, max_tiles: int) -> list[list[int]]:
+        """List the sizes, of those of the host, that a setting leaves."""
+        area = self.tile[0] * self.tile[1]
+        return [list(size) for size in self.tiling.pinpoints if size[0] * size[1] <= max_tiles * area]
+
+    def _at(self, image: Size, setting: int | None) -> Resolution:
+        tiles, each = self.tiling.choose(image, self.tile, setting), self.grid[0] * self.grid[1]
+        tokens = self.tiling.num_tokens(tiles, each, image=image, tile=self.tile, grid=self.grid)
+        return Resolution(setting, tiles.num_images, tokens)
+
+
+def _first(resolutions: Sequence[Resolution], image: Size, max_tokens: int) -> Resolution:
+    """Return the first of at most so many tokens.
+
+    Raises:
+        ValueError: none has so few, and the message names the smallest.
+    """
+    if (first := next((one for one in resolutions if one.tokens <= max_tokens), None)) is not None:
+        return first
+    height, width = image
+    raise ValueError(
+        f"image<={max_tokens} cannot be met: an image of {height} x {width} pixels takes at least "
+        f"{min(one.tokens for one in resolutions)} tokens before it is pooled; image=N pools them"
+    )
 
 
 def resizing_of(model_type: str, values: Values, tokens: int) -> HostResizing | None:

@@ -29,9 +29,9 @@ class MediaSpan:
     """Describes one placeholder of a row: what is known of its medium, and which encoded item of the batch it shows.
 
     Where the medium is several encoded images, `item` is the first of them; `tilings` are the cuts that an image was
-    encoded in. `encoded_as` names the medium whose encoder is used where it is another one's. `views` say how the
-    prompt of a host shows it, and in which resolutions an image was encoded. `estimated_snr_db` says how noisy audio
-    sounds.
+    encoded in, one for each of `views` where there are such. `encoded_as` names the medium whose encoder is used where
+    it is another one's. `views` say how the prompt of a host shows it, and in which resolutions an image was encoded.
+    `estimated_snr_db` says how noisy audio sounds.
     """
 
     extent: Extent
@@ -105,9 +105,11 @@ class MediaSpan:
         Raises:
             ValueError: as `view_of`, or an image that was not cut as the count wants it.
         """
-        before = self.views[: self._number_of(count)] if self.views else ()
-        first = self.item + sum(view.num_placeholders for view in before)
-        return [first + number for number in shown_items(self.extent, count, self.tilings)]
+        if not self.views:
+            return [self.item + number for number in shown_items(self.extent, count, self.tilings)]
+        number = self._number_of(count)
+        first = self.item + sum(view.num_items for view in self.views[:number])
+        return [first + item for item in shown_items(self.extent, count, self.tilings[number : number + 1])]
 
     def _number_of(self, count: TokenCount) -> int:
         resolutions = [view.resolution for view in self.views]

@@ -33,6 +33,7 @@ class HostView:
         breaks: tokens of text behind the rows of an image, which are not among them.
         grid: of the features of an image that keeps its shape, where it was loaded at several resolutions.
         resolution: of an image that is seen smaller than by default.
+        num_items: encoded for it.
     """
 
     ids: tuple[int, ...]
@@ -40,6 +41,7 @@ class HostView:
     breaks: RowBreaks | None = None
     grid: Size | None = None
     resolution: Resolution | None = None
+    num_items: int = 1
 
     def num_tags(self, tokens: int, grid: Size | None) -> int:
         """Count the tokens of text that stand between the soft ones, so many of a grid, and around them."""
@@ -63,7 +65,7 @@ class LoadedMedia:
     Of audio as it is to be answered about, `estimated_snr_db` says how noisy it sounds.
 
     Of a host, `views` say how its prompt shows the item, one for every resolution at which an image was loaded, their
-    encoded images one after the other; `num_features` counts the features of a clip.
+    encoded images one after the other, and `tilings` those of each; `num_features` counts the features of a clip.
     """
 
     medium: str

@@ -325,8 +325,8 @@ class ElasticProcessor(ProcessorCalls):
 
     @property
     def tiling(self) -> Tiling | None:
-        """How images are cut into tiles, if they are."""
-        return self.space.media["image"].tiling if "image" in self.space.media else None
+        """How images are cut into tiles here, if they are; a host cuts them itself."""
+        return self.space.media["image"].tiling if "image" in self.space.media and self.host is None else None
 
     @property
     def loads_by_budget(self) -> bool:
@@ -416,24 +416,39 @@ class ElasticProcessor(ProcessorCalls):
             item.raw_length,
             item.grid,
             num_features=item.tokens,
-            image_pixels=item.image_pixels,
-            tilings=() if item.tiles is None else (item.tiles,),
             views=(HostView(item.ids, item.num_placeholders, item.breaks),),
             estimated_snr_db=estimated_snr_db(raw) if isinstance(raw, Audio) else None,
-            maps=item.maps,
         )
 
     def _resized(self, host: HostProcessor, raw: Any, resolutions: Sequence[Resolution]) -> LoadedMedia:
         items = [host(raw, resolution) for resolution in resolutions]
         views = tuple(
-            HostView(item.ids, item.num_placeholders, item.breaks, item.grid, None if one.setting is None else one)
+            HostView(
+                item.ids,
+                item.num_placeholders,
+                item.breaks,
+                item.grid,
+                None if one.setting is None else one,
+                item.num_items,
+            )
             for item, one in zip(items, resolutions, strict=True)
         )
-        if len(items) == 1 or items[0].grid is None:
+        if items[0].maps:
+            pieces = [piece for item in items for piece in item.values]
+            values = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True)
+        elif len(items) == 1 or items[0].grid is None:
             values = torch.cat([item.values for item in items])
         else:
             values = torch.nn.utils.rnn.pad_sequence([item.values for item in items], batch_first=True)
-        return LoadedMedia("image", values, 1, image_pixels=(raw.height, raw.width), views=views)
+        return LoadedMedia(
+            "image",
+            values,
+            1,
+            image_pixels=(raw.height, raw.width),
+            tilings=tuple(item.tiles for item in items if item.tiles is not None),
+            views=views,
+            maps=tuple(sizes for item in items for sizes in item.maps),
+        )
 
     def _check_medium(self, medium: str) -> None:
         if medium not in self.placeholder_ids:
@@ -460,7 +475,7 @@ class ElasticProcessor(ProcessorCalls):
             ValueError: an encoder without a size of its own.
         """
         facts = self.facts["image"]
-        if self.host is not None and self.host.resizing is not None:
+        if self.host is not None and self.host.resizing is not None and self.host.tiling is None:
             default = self.host.resizing.default(image_pixels)
             grid = default.grid or facts.grid
             return Extent("image", grid=grid, image_pixels=image_pixels, num_images=default.num_images)

@@ -1,5 +1,7 @@
 """Images whose tiles are read as one map: the sizes and features are the library's own, and pooled ones their means."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,11 +12,13 @@ import transformers as hf
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
-from mllm.budget import Budget
-from mllm.budget.tiling import Size
+from mllm.budget import Budget, count_tokens
+from mllm.budget.tiling import LLAVA_NEXT, Size, Tiling
+from mllm.checkpoints import adoption
 from mllm.compressors.area_pooling import average, item_grid_cover
-from mllm.data.manifest import Media, Message, Text
+from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.hosts.maps import _map, map_items
+from mllm.hosts.resizing import TilesResizing
 from mllm.hosts.tiles import scaled_tiling
 from mllm.processing.chat import RefusedConversation
 
@@ -42,6 +46,7 @@ SIZES = [
     (3, 700),
 ]
 """Of one tile, of maps that are left as they are, of such that are scaled down, and very thin ones."""
+FAMILIES = [pytest.param("llava_next", marks=pytest.mark.slow), "llava_onevision"]
 SCALED = [(1080, 1920), (1920, 1080), (2304, 2304), (1500, 1490)]
 
 
@@ -113,6 +118,91 @@ def test_soft_tokens_are_means_of_the_hosts_own_map_with_a_newline_behind_each_r
         assert processor.space.media["image"].count(Budget.parse(f"image={each}").amounts["image"], counted).tokens == (
             each + len(soft)
         )
+
+
+def test_released_sizes_are_counted_as_their_processors_do() -> None:
+    """The table of docs/adopt.md."""
+    next_sizes = tuple((rows * 336, columns * 336) for rows, columns in LLAVA_NEXT)
+    of_next = TilesResizing(Tiling(pinpoints=next_sizes), (336, 336), (24, 24))
+    of_onevision = TilesResizing(scaled_tiling(CONFIG), TILE, GRID)
+    full_hd = (1080, 1920)
+    assert [(one.num_images, one.tokens) for one in of_next.resolutions(full_hd)] == [(5, 1948), (3, 1608)]
+    tokens = [one.tokens for one in of_onevision.resolutions(full_hd)]
+    reached = [one.tokens for most in tokens if (one := of_onevision.at_most(full_hd, most)).tokens == most]
+    assert sorted(reached, reverse=True) == [7269, 5967, 4501, 2379, 2052, 1149]
+
+
+@contextmanager
+def seeing(processor: Any, host: Any, max_tiles: int) -> Iterator[None]:
+    """A host whose images have at most so many tiles, by its own config and its processor's."""
+    image_processor, kept = processor.host.processor.image_processor, host.config.image_grid_pinpoints
+    fewer = [size for size in kept if (size[0] // 24) * (size[1] // 24) <= max_tiles]
+    host.config.image_grid_pinpoints = image_processor.image_grid_pinpoints = fewer
+    yield
+    host.config.image_grid_pinpoints = image_processor.image_grid_pinpoints = kept
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_images_cost_at_every_resolution_what_the_hosts_own_processor_writes(adopted: Any, family: str) -> None:
+    _, processor, host = adopted(family)
+    seen = set()
+    for size in [(24, 24), (100, 100), (30, 40), (20, 100), (100, 20), (71, 73)]:
+        resolutions = processor.host.resizing.resolutions(size)
+        assert [one.num_images for one in resolutions] == sorted({one.num_images for one in resolutions}, reverse=True)
+        for one in resolutions:
+            raw = tiny_hosts.image(*size)
+            with seeing(processor, host, one.setting or 9):
+                written = processor.host.processor(text=["<image>"], images=[raw], return_tensors="pt")
+            assert int((written["input_ids"] == processor.host.placeholder_id).sum()) == one.tokens
+            assert processor.host(raw, one).num_images == one.num_images  # which raises where any number differs
+            assert processor.host.resizing.at_most(size, one.tokens).tokens <= one.tokens
+            seen.add(one.num_images)
+        least = min(one.tokens for one in resolutions)
+        with pytest.raises(ValueError, match=f"{size[0]} x {size[1]} pixels takes at least {least} tokens before it"):
+            processor.host.resizing.at_most(size, least - 1)
+    assert len(seen) >= 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_image_of_fewer_tiles_is_the_hosts_own_with_those(adopted: Any, family: str) -> None:
+    model, processor, host = adopted(family)
+    raw = tiny_hosts.image(100, 100)
+    budget = f"image<={processor.host.resizing.default((100, 100)).tokens - 1}"
+    fewer = processor.host.resizing.at_most((100, 100), int(budget.removeprefix("image<=")))
+    loaded = processor.transform("image", raw, budgets=[Budget.parse(budget), Budget()])  # at both, in one batch
+    message = (Message("user", (Media("image", "x"), Text(adoption.QUESTION))),)
+    batch = processor.batch([Sample("row", message, task="test")], [[loaded]], for_training=False)
+    ours = processor.expand(batch, [[Budget.parse(budget)]], left_padding=True).inputs
+    reduced = processor.expand(batch, [[Budget.parse(f"image=4,{budget}")]], left_padding=True).inputs
+    whole = processor.expand(batch, [[Budget()]], left_padding=True).inputs
+    assert (ours["scale_ids"].tolist(), reduced["scale_ids"].tolist()) == ([-1], [0])
+    with seeing(processor, host, fewer.setting), torch.no_grad():
+        theirs = adoption.host_inputs(processor, raw, torch.float32)
+        assert torch.equal(ours["input_ids"], theirs["input_ids"])
+        torch.testing.assert_close(model(**ours).logits, host(**theirs).logits)
+        alone = tiny_hosts.inputs(processor, [raw], budget)
+        assert torch.equal(model(**alone).logits, host(**theirs).logits)  # the very same passes of its encoder
+        with tiny_hosts.without_adapter(model):
+            expected = host(**adoption.oracle_inputs(model, host, reduced, theirs)).logits
+            torch.testing.assert_close(model(**reduced).logits, expected)
+    with torch.no_grad():
+        expected = host(**adoption.host_inputs(processor, raw, torch.float32)).logits
+        torch.testing.assert_close(model(**whole).logits, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_budgets_of_tiles_are_refused_and_caps_keep_to_what_the_host_sees(adopted: Any, family: str) -> None:
+    _, processor, _ = adopted(family)
+    extent = processor.image_extent((100, 100))
+    with pytest.raises(ValueError, match=r"^tiles<=2: the host of this model cuts images as it does; image<=N lets it"):
+        count_tokens([extent], Budget.parse("tiles<=2"), processor.space)
+    (count,) = count_tokens([extent], Budget.parse("total<=60"), processor.space)
+    assert count.tiles == processor.host.tiling.choose((100, 100), (24, 24))
+    findings = adoption._tile_resolutions(processor.host.tiling, (6, 6), (24, 24))
+    assert findings
+    for most in findings:
+        for size in [(24, 24), (100, 100), (20, 100), (100, 20)]:
+            assert processor.host.resizing.at_most(size, most).tokens <= most
 
 
 def test_several_images_of_a_prompt_are_refused(adopted: Any) -> None:

@@ -1,7 +1,5 @@
 """Images that a host sees smaller cost what their size says, and are answered as the host itself answers them then."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -60,13 +58,12 @@ LARGER: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_setting_sees_what_the_size_says(adopted: Any, family: str) -> None:
     host = roomy(adopted(family)[1]).host
-    kind, values = host.resizing.kind, host.resizing.values
     seen = set()
     for size in SIZES:
         height, width = size
         image = Image.new("RGB", (width, height), (90, 120, 200))
         default = host.resizing.default(size)
-        resolutions = {default, *(host.resizing._at(size, setting) for setting in kind.settings(values, size))}
+        resolutions = set(host.resizing.resolutions(size))
         for resolution in resolutions:
             item = host(image, resolution)  # raises where the processor makes others
             assert item.tokens * item.num_placeholders == resolution.tokens
@@ -118,9 +115,7 @@ def test_released_sizes_are_counted_as_their_processors_do() -> None:
 
 def tiles_of(resizing: HostResizing, image: Size) -> list[int]:
     """The numbers of encoded images there are, from the default down."""
-    settings = resizing.kind.settings(resizing.values, image)
-    resolutions = [resizing.default(image), *(resizing._at(image, setting) for setting in settings)]
-    return sorted({one.num_images for one in resolutions}, reverse=True)
+    return sorted({one.num_images for one in resizing.resolutions(image)}, reverse=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -143,20 +138,8 @@ def test_a_resized_image_is_the_hosts_own_at_that_setting(adopted: Any, family: 
         assert reduced["scale_ids"].tolist() == [0]
         assert reduced["num_image_tokens"].tolist() == [4] * resolution.num_images
         expected = host(**adoption.oracle_inputs(model, host, reduced, theirs)).logits
-        with without_adapter(model):
+        with tiny_hosts.without_adapter(model):
             assert torch.equal(model(**reduced).logits, expected)
-
-
-@contextmanager
-def without_adapter(model: Any) -> Iterator[None]:
-    """A model whose adapter does nothing."""
-    loras = [value for name, value in model.named_parameters() if ".lora_B" in name]
-    kept = [one.data.clone() for one in loras]
-    for one in loras:
-        one.data.zero_()
-    yield
-    for one, before in zip(loras, kept, strict=True):
-        one.data.copy_(before)
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ def test_an_answer_goes_on_from_what_was_read_with_a_table_of_one_entry(adopted:
     assert torch.equal(later[:, width:], whole[:, width:])
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "llava_onevision"])
 def test_a_server_writes_an_answer_that_was_interrupted_as_without_a_pause(adopted: Any, family: str) -> None:
     model, processor, _host = adopted(family)
     engine = Engine(model, processor)
