@@ -9,11 +9,14 @@ import random
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from tqdm.std import tqdm
 
 from mllm.utils import fail_points
 
@@ -164,6 +167,7 @@ def _run(work: Callable[[], object], log: Path, fail_point: str) -> None:
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        _own_lock_of_bars()
         fail_points.arm(fail_point)
         result = work()
         code = result if isinstance(result, int) else 0
@@ -171,6 +175,15 @@ def _run(work: Callable[[], object], log: Path, fail_point: str) -> None:
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def _own_lock_of_bars() -> None:
+    """Give all bars of this process a lock of its own: forked processes share one, which one that is killed may hold."""
+    lock, kinds = threading.RLock(), [tqdm]
+    while kinds:
+        kind = kinds.pop()
+        kind.set_lock(lock)
+        kinds += kind.__subclasses__()
 
 
 def mutate(content: bytes, rng: random.Random) -> bytes:
