@@ -178,7 +178,7 @@ def _run(work: Callable[[], object], log: Path, fail_point: str) -> None:
 
 
 def _own_lock_of_bars() -> None:
-    """Give all bars of this process a lock of its own: forked processes share one, which one that is killed may hold."""
+    """Give the bars of this process a lock of its own; forked ones share one, which one that is killed may hold."""
     lock, kinds = threading.RLock(), [tqdm]
     while kinds:
         kind = kinds.pop()
