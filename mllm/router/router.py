@@ -30,7 +30,7 @@ from mllm.utils.run_paths import model_folder
 from mllm.utils.strict_json import read_json
 
 FILE, WEIGHTS = "router.json", "router.safetensors"
-VERSION = 2
+VERSION = 3
 DEFAULT_QUALITY = 0.99
 """What `auto` alone aims at: the share of the largest budget's utility. All of it would hang on a few answers that are
 right at one budget and wrong at another by luck, and cost several times the tokens where they fall badly."""

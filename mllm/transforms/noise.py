@@ -16,8 +16,9 @@ from mllm.media import Audio
 MAX_SNR_ERROR_DB = 0.05
 """How far the ratio of mixed audio may lie from the one that was asked for."""
 FRAME_SECONDS = 0.02
-MAX_ESTIMATE_DB = 40.0
-"""Quieter pauses are silence to everybody; digital silence would else be infinitely quiet."""
+MAX_ESTIMATE_DB = 20.0
+"""Quieter pauses are silence to everybody: how quiet says no more about errors, and would only make recordings of equal
+use look unlike each other."""
 
 
 @dataclass(frozen=True)

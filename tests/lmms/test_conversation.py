@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
+from tiny_routers import image_router
 
 from mllm.budget import Budget
 from mllm.data.manifest import Media, Text
@@ -106,6 +107,7 @@ def test_media_are_read_in_every_form_that_data_sets_have(tmp_path: Path) -> Non
 def test_budgets_are_read_with_a_plus_and_refused_at_once() -> None:
     made = tiny.processor(CONFIG)
     assert read_budget("image=16+audio=/4+total<=99", made) == Budget.parse("image=16,audio=/4,total<=99")
+    assert read_budget("auto+quality>=0.98+total<=99", made) == Budget.parse("auto,quality>=0.98,total<=99")
     with pytest.raises(ValueError, match=r"budget is missing.*budget=image=64\+audio=/4\+video=/2"):
         read_budget("", made)
     with pytest.raises(ValueError, match="must be medium=amount"):
@@ -142,3 +144,27 @@ def test_every_request_is_answered_at_every_budget_as_alone(tmp_path: Path) -> N
     )
     with pytest.raises(ValueError, match="missing"):
         BudgetedAnswers(model, made, budgets)([missing], batch_sizes.append)
+
+
+def test_auto_is_chosen_for_each_request_by_its_router(tmp_path: Path) -> None:
+    made, model = tiny.processor(CONFIG), tiny.model(CONFIG, seed=3)
+    path = str(tmp_path / tiny.write_media(tmp_path)["image"])
+    trained = [Budget.parse(f"image={number}") for number in (1, 4, 16)]
+    router = image_router(tiny.llm_config().hidden_size, trained)
+    texts = ("what colour is the circle?", "how many objects?", "what is the letter here?", "is it left of it?")
+    decoding = read_generation({"max_new_tokens": 4})
+
+    def request(text: str) -> Request:
+        turn = {"role": "user", "content": [{"type": "image", "url": path}, {"type": "text", "text": text}]}
+        return Request(text, decoding, lambda: [turn])
+
+    asked = BudgetedAnswers(model, made, [read_budget("auto+price=0.001", made)], batch_size=4, router=router)
+    answers = [of_budgets[0] for of_budgets in asked([request(text) for text in texts], lambda done: None)]
+    alone = Answerer(model, made, Decoding(max_new_tokens=4), router=router)
+    expected = [alone(text, image=path, budget="auto,price=0.001") for text in texts]
+    assert [(one.text, one.budget, one.tokens) for one in answers] == [
+        (one.text, one.budget, one.tokens) for one in expected
+    ]
+    assert len({one.budget for one in answers}) > 1, "or nothing would have been chosen"
+    with pytest.raises(ValueError, match="budget 'auto' needs a router; fit one"):
+        BudgetedAnswers(model, made, [Budget.parse("auto")])([request(texts[0])], lambda done: None)

@@ -115,6 +115,8 @@ def test_the_estimate_rises_with_the_ratio_and_not_with_the_level() -> None:
     assert estimates[2] == pytest.approx(10 * math.log10(1 + 10 * 4 / 3), abs=1)
     clean = Audio(speech, 16_000)
     assert estimated_snr_db(clean) == MAX_ESTIMATE_DB, "digital silence"
+    quiet = MixNoise(steady, 30.0)(clean, random_generator(0, 0, "a", "noise"))
+    assert estimated_snr_db(quiet) == MAX_ESTIMATE_DB, "how quiet a quiet pause is says nothing"
     noisy = MixNoise(steady, 5.0)(clean, random_generator(0, 0, "a", "noise"))
     assert estimated_snr_db(Audio(4 * noisy.samples, 16_000)) == pytest.approx(estimated_snr_db(noisy))
     assert estimated_snr_db(Audio(np.zeros(100, np.float32), 16_000)) == 0
