@@ -54,6 +54,8 @@ def run(settings: Settings) -> int:
     if settings.tokens_per_batch is not None:
         data = replace(data, tokens_per_batch=settings.tokens_per_batch)
     config = replace(config, data=data)
+    if data.stream is not None:
+        raise ValueError("a stream has no epoch to go through; leave data.stream out, or give --manifest without it")
     processor = build_processor(config.model, limits=data.limits)
     samples = read_samples(data.train, data)
     sampler = build_sampler(config, processor.space)

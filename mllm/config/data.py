@@ -1,8 +1,11 @@
-"""Holds what a user writes about the form data come in: the `reader` block of a run config. Knows no torch."""
+"""Holds what a user writes about the form data come in: the blocks `reader` and `stream` of a run config. Knows no
+torch.
+"""
 
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from mllm.config.checks import check_at_least
 from mllm.config.reading import ConfigError
 
 SpeechFormat = Literal["auto_avsr", "omni_csv", "fairseq", "lrs", "clips"]
@@ -93,3 +96,15 @@ class ReaderConfig:
             raise ConfigError(key, f"goes with vision benchmarks, not {self.format}")
         if self.format != "textvqa" and not self.ocr_tokens:
             raise ConfigError("ocr_tokens", f"goes with the format textvqa, not {self.format}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """Shards that are read while the run goes on, without being listed or scanned first; see data/shard_stream.py."""
+
+    shuffle_samples: int = 4096
+    """Shuffles among so many samples at a time of each micro-batch of a step; so many are looked at before the first
+    step as well. Only texts are kept of them, about 2 kB each, never media."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, ["shuffle_samples"])

@@ -13,7 +13,7 @@ import yaml
 
 from mllm.budget import MEDIA, Budget
 from mllm.budget.sampler import Mode, default_num_budgets
-from mllm.config.data import ReaderConfig
+from mllm.config.data import ReaderConfig, StreamConfig
 from mllm.config.model import ModelConfig, check_at_least
 from mllm.config.reading import plain, read
 from mllm.media import MediaLimits
@@ -54,6 +54,9 @@ class DataConfig:
     own folder, unless `root` is given."""
     reader: ReaderConfig = field(default_factory=ReaderConfig)
     """Describes the form that all of these files are in."""
+    stream: StreamConfig | None = None
+    """Reads `train` shard by shard while the run goes on, such as {} for the usual values: names of WebDataset tars, in
+    which * and {000..099} stand for many. Nothing is scanned first; train.max_steps says how long the run is."""
     validation: list[str] = field(default_factory=list)
     """Lists manifests to validate on; without one there is no validation."""
     captions: list[str] = field(default_factory=list)
@@ -126,6 +129,22 @@ class DataConfig:
         for key in ("max_bad_fraction", "max_unsupervised_fraction"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"data.{key} is {getattr(self, key)}; it must be in 0..1, 1 left out")
+        if self.stream is not None:
+            self._check_stream()
+
+    def _check_stream(self) -> None:
+        """Refuse what needs to know all samples before the first step.
+
+        Raises:
+            ValueError: the first such key that is set.
+        """
+        if self.reader.format != "webdataset":
+            raise ValueError(f"data.stream goes with data.reader.format webdataset, not {self.reader.format}")
+        if self.features is not None:
+            raise ValueError("data.features encodes all samples before the first step; leave it out with data.stream")
+        for key in ("group_by_media", "share_media"):
+            if getattr(self, key):
+                raise ValueError(f"data.{key} needs to know all samples; leave it out with data.stream")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -408,6 +427,11 @@ class RunConfig:
             raise ValueError("data.host_answer_tokens is set, but there is no model.host that could answer")
         if self.data.features is not None:
             self._check_features(self.data.features)
+        if self.data.stream is not None and self.train.epochs is not None:
+            raise ValueError(
+                "train.epochs cannot be counted in steps with data.stream, which does not know how many samples there "
+                "are; give train.max_steps"
+            )
 
     def _check_features(self, features: FeatureConfig) -> None:
         """Refuse features that cannot be kept, or would not be those of the run.

@@ -17,6 +17,7 @@ from mllm.data.conversations import FORMS, MEDIA_KEYS, ConversationReader, paths
 from mllm.data.findings import Listing, renumbered
 from mllm.data.json_files import stated_id
 from mllm.data.json_lines import MAX_LINE_BYTES, read_object
+from mllm.data.manifest import Sample
 from mllm.data.source_files import relative_to
 from mllm.media.containers import AUDIO_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from mllm.media.packed import packed_path
@@ -49,12 +50,35 @@ def read_webdataset(source: Path, root: Path) -> Listing:
 
 
 def _read_tar(file: Path, stream: Any, relative: str, reader: ConversationReader, listing: Listing) -> None:
-    for key, group in groupby(_members(stream), key=lambda member: _split(member.name)[0]):
-        members = list(group)
+    for key, members in tar_groups(stream):
         with listing.noting(file, None, key):
-            row, media = _taken(members, stream, relative, reader)
-            sample = reader.sample_of(row, stated_id(row, key), media)
+            sample = sample_of_group(key, members, stream, relative, reader)
             listing.samples.append(renumbered(sample, reader.times_seen))
+
+
+def tar_groups(stream: Any) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
+    """Yield the name of each sample of an open tar and the headers of its members, in order; nothing is kept.
+
+    Raises:
+        ValueError: it is no tar, or a compressed one.
+    """
+    for key, group in groupby(_members(stream), key=lambda member: _split(member.name)[0]):
+        yield key, list(group)
+
+
+def sample_of_group(
+    key: str, members: list[tarfile.TarInfo], stream: Any, relative: str, reader: ConversationReader
+) -> Sample:
+    """Make the sample of members of one name; its texts are read and its media named by where they lie.
+
+    Args:
+        relative: the path of the tar below the root.
+
+    Raises:
+        ValueError: the members are not those of one sample.
+    """
+    row, media = _taken(members, stream, relative, reader)
+    return reader.sample_of(row, stated_id(row, key), media)
 
 
 def _members(stream: Any) -> Iterator[tarfile.TarInfo]:

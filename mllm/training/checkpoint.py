@@ -147,7 +147,8 @@ def check_continues(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to continue a run as another one.
 
     Args:
-        before, now: facts of the run that wrote the checkpoint and of this one: `settings`, `processes`, `sources`.
+        before, now: facts of the run that wrote the checkpoint and of this one: `settings`, `processes`, `sources`,
+            and of a stream `shards`.
 
     Raises:
         ValueError: a key that decides what a step learns has changed, or a frozen part has; every key is named.
@@ -170,6 +171,8 @@ def check_continues(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         {part: source for part, source in facts["sources"].items() if part not in same} for facts in (before, now)
     )
     changed += [f"frozen part {line}" for line in differences(old, new)]
+    if before.get("shards") != now.get("shards"):
+        changed.append("the shards of data.train are others, or of other sizes")
     if changed:
         raise ValueError(f"this is not the run the checkpoint belongs to: {'; '.join(changed)}")
     for key in ("max_steps", "epochs"):

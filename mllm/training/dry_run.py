@@ -92,7 +92,7 @@ def dry_run(config: RunConfig | Mapping[str, Any] | str | Path) -> DryRun:
         dataset = load_dataset(config)
         model, processor = build_model(config)
         trainer = build_trainer(config, model, processor, dataset, arguments=arguments)
-        inputs = _fullest_batch(trainer, dataset.scans["train"].max_tokens)
+        inputs = _fullest_batch(trainer)
         batch: Batch = inputs["batch"]
         costs = [_cost_of(trainer, batch, budget) for budget in _budgets(trainer, batch)]
         started = time.perf_counter()
@@ -102,11 +102,11 @@ def dry_run(config: RunConfig | Mapping[str, Any] | str | Path) -> DryRun:
         return DryRun(memory_of(model), costs, seconds, arguments.max_steps, _peak_bytes(), len(batch.rows))
 
 
-def _fullest_batch(trainer: ElasticTrainer, tokens: Sequence[int]) -> dict[str, Any]:
+def _fullest_batch(trainer: ElasticTrainer) -> dict[str, Any]:
     """Load the first micro-batch of the run with the most tokens at the largest budget."""
     loader: Any = trainer.batches
     batches = islice(loader.batch_sampler, min(NUM_BATCHES_SEEN, trainer.args.max_steps))
-    keys = max(batches, key=lambda batch: sum(tokens[key.index] for key in batch))
+    keys = max(batches, key=loader.batch_sampler.num_tokens)
     return trainer.with_answers(loader.collate_fn(loader.dataset.__getitems__(keys)))
 
 

@@ -3,7 +3,7 @@
 Knows the order of things and the files of a run. Does not know how any of it is done.
 
     runs/demo/  settings.yaml  config.json  trainables.safetensors  tokenizer files   what was trained, and how
-                checkpoint-00000500/ ...   log.jsonl   tensorboard/   skipped-0.jsonl   token_scan/
+                checkpoint-00000500/ ...   log.jsonl   tensorboard/   skipped-0.jsonl   token_scan/   stream/
                 experts.jsonl   experts.png   where the adapter has experts
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 from accelerate import PartialState
+from torch.utils.data import DataLoader
 
 from mllm.budget import Budget
 from mllm.checkpoints.auto_classes import register
@@ -46,6 +47,7 @@ from mllm.training.memory import tell_memory
 from mllm.training.pipeline.batches import RankSlots
 from mllm.training.pipeline.dataset import TrainingData, build_sampler, extreme_budgets, load_dataset
 from mllm.training.pipeline.loaders import encode, loading, train_loader, validation_loader
+from mllm.training.pipeline.stream import stream_batches, stream_loader
 from mllm.training.progress import reporting
 from mllm.training.run_folder import Checkpoint, delete_old, remove_leftovers, run_lock
 from mllm.training.throughput import Stopwatch
@@ -144,13 +146,14 @@ def _prepare(
     if not is_sharded(model):
         tell_memory(model, arguments.device)
     if start is not None:
-        check_continues(start.facts, {**_facts(config, model), "processes": arguments.world_size})
+        check_continues(start.facts, {**_facts(config, model, data), "processes": arguments.world_size})
     if arguments.should_save:
         write_text_whole(arguments.run / RUN_CONFIG, config_yaml(config))
         save_processor(processor, arguments.run)  # now: the checkpoints of a run that dies can be used with it
     if config.train.start_from is not None and start is None:
         start_from(model, config.train.start_from)
-    return build_trainer(config, model, processor, data, arguments=arguments, metric=metric)
+    start_step = 0 if start is None else start.step
+    return build_trainer(config, model, processor, data, arguments=arguments, metric=metric, start_step=start_step)
 
 
 def launch(config: RunConfig) -> ElasticArguments:
@@ -212,6 +215,7 @@ def build_trainer(
     *,
     arguments: ElasticArguments | None = None,
     metric: Metric | None = None,
+    start_step: int = 0,
 ) -> ElasticTrainer:
     """Build the trainer of a run: fit its projectors to captions, make its batches, budgets and validation.
 
@@ -220,39 +224,20 @@ def build_trainer(
         data: of `load_dataset`.
         arguments: of `launch`; made when left out.
         metric: measures answers at each validation, by name.
+        start_step: the step that it goes on from.
     """
     arguments = arguments or launch(config)
-    arguments.facts = _facts(config, model)
+    arguments.facts = _facts(config, model, data)
     sampler = build_sampler(config, processor.space)
-    watch, stores, slots = Stopwatch(), None, _slots(arguments)
-    samples = data.samples["train"]
-    groups = samples_that_share(samples) if config.data.share_media else None
     fits = "captions" in data.samples  # not in a resumed run
     if fits and is_sharded(model):
         raise ValueError("data.captions cannot be fitted under ZeRO-3, which keeps no projector whole; use ZeRO-2")
-    if config.data.features is None:
-        budgets = extreme_budgets(sampler)
-        load = loading(config.data, processor, augmented=True, budgets=budgets, watch=watch)
-        dataset = ManifestDataset(samples, load=load, seed=config.train.seed, groups=groups)
-    else:
+    stores = None
+    if config.data.features is not None:
         stores = _feature_stores(config, arguments, model, processor, data.for_features())
-        load = loading(config.data, processor, augmented=True, budgets=extreme_budgets(sampler), watch=watch)
-        seed = config.train.seed
-        dataset = FeatureDataset(
-            samples, stores.train, watch, kept=config.kept_media, load=load, seed=seed, groups=groups
-        )
     if fits:
         _fit_projectors(config, arguments, model, processor, data, stores)
-    batches = train_loader(
-        dataset,
-        data.scans["train"],
-        config=config.data,
-        encode=_encoding(config.data, processor, extreme_budgets(sampler), watch),
-        run=arguments.run,
-        seed=config.train.seed,
-        slots=slots,
-        num_repeated=config.train.overfit_batches,
-    )
+    batches = _train_batches(config, arguments, processor, data, stores, start_step=start_step)
     if config.train.epochs is not None:
         arguments.max_steps = batches.batch_sampler.steps(config.train.epochs)  # type: ignore[union-attr]
         arguments.warmup_steps = config.train.count_warmup_steps(arguments.max_steps)
@@ -271,6 +256,45 @@ def build_trainer(
     return trainer
 
 
+def _train_batches(
+    config: RunConfig,
+    arguments: ElasticArguments,
+    processor: ElasticProcessor,
+    data: TrainingData,
+    stores: Stores | None,
+    *,
+    start_step: int,
+) -> DataLoader[Any]:
+    """Make the loader of this process's micro-batches: of samples, of their features, or of a stream."""
+    watch, slots, seed = Stopwatch(), _slots(arguments), config.train.seed
+    budgets = extreme_budgets(build_sampler(config, processor.space))
+    load = loading(config.data, processor, augmented=True, budgets=budgets, watch=watch)
+    encoding = _encoding(config.data, processor, budgets, watch)
+    if data.shards is not None:
+        chosen = stream_batches(
+            data.shards, processor, config=config, run=arguments.run, slots=slots, start_step=start_step
+        )
+        return stream_loader(chosen, load=load, encode=encoding, config=config.data, run=arguments.run)
+    samples = data.samples["train"]
+    groups = samples_that_share(samples) if config.data.share_media else None
+    if stores is None:
+        dataset = ManifestDataset(samples, load=load, seed=seed, groups=groups)
+    else:
+        dataset = FeatureDataset(
+            samples, stores.train, watch, kept=config.kept_media, load=load, seed=seed, groups=groups
+        )
+    return train_loader(
+        dataset,
+        data.scans["train"],
+        config=config.data,
+        encode=encoding,
+        run=arguments.run,
+        seed=seed,
+        slots=slots,
+        num_repeated=config.train.overfit_batches,
+    )
+
+
 def _encoding(
     data: DataConfig, processor: ElasticProcessor, budgets: Sequence[Budget], watch: Stopwatch
 ) -> Callable[..., dict[str, Any]]:
@@ -278,9 +302,10 @@ def _encoding(
     return partial(encode, processor=processor, budgets=budgets, watch=watch, max_sample_tokens=data.max_sample_tokens)
 
 
-def _facts(config: RunConfig, model: ElasticForConditionalGeneration) -> dict[str, Any]:
+def _facts(config: RunConfig, model: ElasticForConditionalGeneration, data: TrainingData) -> dict[str, Any]:
     """Describe what a checkpoint's run was, so that another one is not taken for its continuation."""
-    return {"settings": dataclasses.asdict(config), "sources": identities(model.config.sources or {})}
+    facts = {"settings": dataclasses.asdict(config), "sources": identities(model.config.sources or {})}
+    return facts if data.shards is None else {**facts, "shards": data.shards.facts()}
 
 
 def _slots(arguments: ElasticArguments) -> RankSlots:

@@ -70,6 +70,10 @@ class RankBatches(Sampler[list[SampleKey]]):
             for batch in batches[self.slots.rank :: self.slots.num_ranks]:
                 yield [SampleKey(epoch, index) for index in batch]
 
+    def num_tokens(self, batch: Sequence[SampleKey]) -> int:
+        """Count the tokens of a batch at the largest budgets, padding left out."""
+        return int(sum(self.batches.lengths[key.index] for key in batch))
+
     def steps(self, epochs: int) -> int:
         """Count optimizer steps of so many epochs."""
         return sum(self.batches.num_steps(epoch) for epoch in range(epochs))

@@ -21,10 +21,12 @@ from mllm.config.run import DataConfig, RunConfig
 from mllm.data.findings import ManyLines, first_lines
 from mllm.data.manifest import Sample
 from mllm.data.readers import missing_media
+from mllm.data.shard_stream import Shards
 from mllm.data.skipped import SkipLog, SkippedSample, too_many_bad
 from mllm.processing.processor import ElasticProcessor
 from mllm.training.feature_cache.building import FeatureSamples, check_folder, with_captions
 from mllm.training.pipeline.loaders import SKIPPED_FILE, build_augmentation, read_samples
+from mllm.training.pipeline.stream import first_samples
 from mllm.training.pipeline.token_scan import TokenScan, scan_tokens
 from mllm.training.progress import counted, reporting
 from mllm.utils.collector import collector_paused
@@ -36,10 +38,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TrainingData:
-    """Holds the samples of a run and their token counts, by the key of `data` that names them."""
+    """Holds the samples of a run and their token counts, by the key of `data` that names them; of a stream its
+    `shards` in place of both for `train`.
+    """
 
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     scans: dict[str, TokenScan] = field(default_factory=dict)
+    shards: Shards | None = None
 
     def for_features(self) -> FeatureSamples:
         """List the samples whose features a run reads.
@@ -71,18 +76,21 @@ def load_dataset(config: RunConfig, *, fits_captions: bool = True) -> TrainingDa
     build_augmentation(data)  # noise that cannot be mixed is refused here
     if data.features is not None:
         check_folder(config)
+    if data.stream is not None:
+        dataset.shards = Shards.of(data.train, data.root)
     for name in ("train", "validation", *(["captions"] if fits_captions else [])):
-        if manifests := getattr(data, name):
+        if (manifests := getattr(data, name)) and (name != "train" or dataset.shards is None):
             dataset.samples[name] = read_samples(manifests, data)
             fraction = data.max_bad_fraction if name == "train" else 0.0
             check_files(dataset.samples[name], name, fraction, is_shown=_shows(config))
     if data.features is not None:
         dataset.for_features()  # two samples of one id are refused here
-    samples = dataset.samples["train"]
-    tasks = sorted({sample.task for sample in samples})
-    if unknown := sorted(set(config.train.task_weights) - set(tasks)):
-        raise ValueError(f"train.task_weights names {unknown[0]!r}; the samples have: {', '.join(tasks)}")
     processor = build_processor(config.model, limits=data.limits)
+    if dataset.shards is None:
+        samples = dataset.samples["train"]
+    else:
+        samples = first_samples(dataset.shards, processor, data, config.train.seed)
+    _check_tasks(samples, config, is_whole=dataset.shards is None)
     check_experts(samples, build_sampler(config, processor.space), processor.expert_names)
     run = Path(config.train.out).expanduser()
     for name, samples in dataset.samples.items():
@@ -94,6 +102,14 @@ def load_dataset(config: RunConfig, *, fits_captions: bool = True) -> TrainingDa
         # They would be found in a batch too, but there they could be alone, and a batch must not be empty.
         dataset.samples[name], dataset.scans[name] = scan.without_refused(samples)
     return dataset
+
+
+def _check_tasks(samples: Sequence[Sample], config: RunConfig, *, is_whole: bool) -> None:
+    """Refuse weights of tasks that the samples have not, or the first ones of a stream."""
+    tasks = sorted({sample.task for sample in samples})
+    if unknown := sorted(set(config.train.task_weights) - set(tasks)):
+        which = "samples" if is_whole else f"first {len(samples)} samples (data.stream.shuffle_samples)"
+        raise ValueError(f"train.task_weights names {unknown[0]!r}; the {which} have: {', '.join(tasks)}")
 
 
 def _shows(config: RunConfig) -> bool:

@@ -1,0 +1,132 @@
+"""Streams of shards: who reads what, in which order, from where on; which names stand for which tars."""
+
+import itertools
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from webdataset_shards import write_shard, write_texts
+
+from mllm.config.data import ReaderConfig
+from mllm.data.manifest import Sample
+from mllm.data.readers import read_data
+from mllm.data.shard_stream import Position, Shards, StreamedSample, shard_files
+from mllm.data.skipped import SkippedSample
+
+
+def name_of(one: StreamedSample) -> str:
+    return one.sample.id if isinstance(one.sample, Sample) else one.sample.sample_id
+
+
+@pytest.mark.parametrize(("sizes", "num_slots"), [([3, 1, 4, 0, 2], 1), ([3, 1, 4, 0, 2], 4), ([7], 3), ([2, 5], 5)])
+def test_every_sample_of_an_epoch_is_read_once_by_one_slot(tmp_path: Path, sizes: list[int], num_slots: int) -> None:
+    ids = write_texts(tmp_path, sizes)
+    shards = Shards.of([str(tmp_path)], None)
+    read = [one for slot in range(num_slots) for one in shards.samples(7, slot=slot, num_slots=num_slots, num_epochs=3)]
+    for epoch in range(3):
+        assert sorted(name_of(one) for one in read if one.epoch == epoch) == ids
+    assert len({one.position for one in read}) == len(read)
+
+
+def test_the_order_is_a_function_of_seed_and_epoch(tmp_path: Path) -> None:
+    write_texts(tmp_path, [2] * 6)
+    shards = Shards.of([str(tmp_path)], None)
+    orders = [
+        tuple(name_of(one) for one in shards.samples(seed, num_epochs=2) if one.epoch == epoch)
+        for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))
+    ]
+    assert orders[0] == orders[1]
+    assert len(set(orders)) == 3
+
+
+@pytest.mark.parametrize(("sizes", "num_slots"), [([3, 1, 4, 0, 2], 2), ([7], 3)])
+def test_a_stream_begins_at_any_position(tmp_path: Path, sizes: list[int], num_slots: int) -> None:
+    write_texts(tmp_path, sizes)
+    (tmp_path / "000009.tar").write_bytes(b"no tar" * 500)
+    shards = Shards.of([str(tmp_path)], None)
+    for slot in range(num_slots):
+        where = {"slot": slot, "num_slots": num_slots, "num_epochs": 3}
+        whole = list(shards.samples(0, **where))
+        for number, one in enumerate(whole):
+            assert list(shards.samples(0, start=one.position, **where)) == whole[number:]
+    assert list(shards.samples(0, start=Position(0, 99), num_epochs=1)) == [
+        one for one in shards.samples(0, num_epochs=1) if one.position.unit > 0
+    ]
+
+
+def test_samples_are_those_that_the_shards_hold_when_they_are_listed(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a" / "0.tar", {"1": {"png": b"x", "json": {"question": "What?", "answer": "a"}}})
+    write_shard(tmp_path / "a" / "1.tar", {"x/2": {"wav": b"x", "txt": b"what is said"}})
+    for source in (tmp_path / "a", tmp_path / "a" / "0.tar"):
+        listed = read_data(source, None, ReaderConfig(format="webdataset"))
+        streamed = [one.sample for one in Shards.of([str(source)], None).samples(0, num_epochs=1)]
+        assert sorted(streamed, key=str) == sorted(listed, key=str)
+
+
+def test_bad_samples_come_with_their_shard_and_key_and_the_rest_goes_on(tmp_path: Path) -> None:
+    write_shard(
+        tmp_path / "0.tar",
+        {
+            "1": {"json": {"question": "a", "answer": "b"}},
+            "2": {"json": b"{"},
+            "3": {"json": {"question": "a"}, "pkl": b"x"},
+            "4": {"json": {"question": "a", "answer": "b"}},
+        },
+    )
+    cut = write_shard(tmp_path / "1.tar", {"5": {"txt": b"x" * 5000, "png": b"x" * 9000}, "6": {"png": b"x" * 9000}})
+    cut.write_bytes(cut.read_bytes()[:20_000])
+    gone = tmp_path / "2.tar"
+    gone.write_bytes(b"")
+    shards = Shards.of([str(tmp_path)], None)
+    gone.unlink()
+    read = list(shards.samples(0, num_epochs=1))
+    bad = {one.sample.sample_id: one.sample for one in read if isinstance(one.sample, SkippedSample)}
+    assert {name_of(one) for one in read} - bad.keys() == {"1", "4", "5"}
+    assert bad.keys() == {"2", "3", "1.tar", "2.tar"}
+    assert bad["3"].path == str(tmp_path / "0.tar")
+    assert bad["3"].reason.startswith(f"{tmp_path / '0.tar'}: 3: 3.pkl is a pickle, which could run code")
+    assert "unexpected end of data" in bad["1.tar"].reason
+    assert "No such file" in bad["2.tar"].reason
+
+
+def test_names_and_patterns_of_shards(tmp_path: Path) -> None:
+    for name in ("a-08.tar", "a-09.tar", "a-10.tar", "b/x.tar", "b/[1].tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+
+    def names(pattern: str) -> list[str]:
+        return [file.relative_to(tmp_path).as_posix() for file in shard_files(f"{tmp_path}/{pattern}")]
+
+    assert names("a-{08..10}.tar") == names("a-*.tar") == ["a-08.tar", "a-09.tar", "a-10.tar"]
+    assert names("{a-09,a-08,b/x}.tar") == ["a-09.tar", "a-08.tar", "b/x.tar"]
+    assert names("a-{09..10}.tar") == ["a-09.tar", "a-10.tar"]
+    assert names("{b,b}/[1].tar")[:1] == names("b/[1].tar") == ["b/[1].tar"]
+    assert names("") == ["a-08.tar", "a-09.tar", "a-10.tar", "b/[1].tar", "b/x.tar"]
+    with pytest.raises(FileNotFoundError, match=r"there is no such shard:\n.*/a-07.tar\n.*/a-11.tar$"):
+        names("a-{07..11}.tar")
+    with pytest.raises(FileNotFoundError, match=r"no such shard:\n.*/c-\*.tar$"):
+        names("c-*.tar")
+    with pytest.raises(ValueError, match="stands for more than 1000000 names"):
+        names("{0..9999999}.tar")
+    with pytest.raises(ValueError, match="holds braces inside braces"):
+        names("{a-{09,08},b/x}.tar")
+    for address in ("https://example.org/{000..009}.tar", "pipe:curl example.org"):
+        with pytest.raises(ValueError, match="nothing is fetched from the network"):
+            shard_files(address)
+    with pytest.raises(ValueError, match=r"data.train names .*/a-08.tar twice"):
+        Shards.of([f"{tmp_path}/a-08.tar", f"{tmp_path}/a-*.tar"], None)
+
+
+def test_memory_does_not_grow_with_the_number_of_samples(tmp_path: Path) -> None:
+    write_texts(tmp_path, [100, 100])
+    shards = Shards.of([str(tmp_path)], None)
+    peaks = []
+    for count in (200, 800):
+        samples = shards.samples(0)
+        tracemalloc.start()
+        read = Counter(type(one.sample) for one in itertools.islice(samples, count))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert read == {Sample: count}
+    assert peaks[1] < peaks[0] + 50_000
