@@ -12,7 +12,7 @@ Shapes: B rows, S positions, L layers.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,18 +28,23 @@ TOKEN_KINDS = ("text", *MEDIA)
 NUM_KINDS = len(TOKEN_KINDS)
 
 
-@dataclass
 class Collector:
     """Gathers what the adapters of one forward pass report, layer by layer, until it is taken.
 
     A layer that is computed again in the backward pass reports too late, and that report is dropped.
+    This is no dataclass: FSDP2 looks for gradients in the dataclasses a layer gets, and gives it copies of those that
+    hold some, so that all layers but the first would report to a copy.
+
+    Attributes:
+        balance: (B,) per layer.
+        usage: (B, K, N) per layer: how often tokens of each of K kinds chose each of N experts.
+        is_open: reports are taken in.
     """
 
-    balance: list[Tensor] = field(default_factory=list)
-    """(B,) per layer."""
-    usage: list[Tensor] = field(default_factory=list)
-    """(B, K, N) per layer: how often tokens of each of K kinds chose each of N experts."""
-    is_open: bool = True
+    def __init__(self) -> None:
+        self.balance: list[Tensor] = []
+        self.usage: list[Tensor] = []
+        self.is_open = True
 
     def add(self, balance: Tensor, usage: Tensor) -> None:
         """Takes in the report of one layer."""

@@ -25,7 +25,7 @@ from mllm.adapters.lora_bank import PlainLora, lora_of, shared_lora_of
 from mllm.checkpoints.tensor_files import write_tensors
 from mllm.config.model import LoraBankConfig, LoraConfig
 from mllm.model.modeling import ElasticForConditionalGeneration
-from mllm.model.trainables import is_sharded
+from mllm.model.trainables import trains_in_shards
 from mllm.utils.files import aside_of
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -90,7 +90,7 @@ def write_adapters(
     llm = ((model.config.sources or {}).get("llm") or {}).get("reference")
     if isinstance(adapter, LoraConfig):
         _write_whole({"": _lora_in(state, adapter)}, folder / FOLDER, prefix=prefix, llm=llm)
-    elif isinstance(adapter, LoraBankConfig) and not is_sharded(model):
+    elif isinstance(adapter, LoraBankConfig) and not trains_in_shards(model):
         loras = loras_of_bank(model, names)
         _write_whole(loras, folder / BANK_FOLDER, prefix=prefix, llm=llm)
 

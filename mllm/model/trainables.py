@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from mllm.encoders import freeze
 from mllm.model.configuration import TOWER_NAMES
@@ -27,14 +28,23 @@ logger = logging.getLogger(__name__)
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Tell whether ZeRO-3 keeps a part of each weight on each process."""
-    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+    """Tell whether weights are in shards, one on each process: all by ZeRO-3, frozen layers of the LLM by FSDP2."""
+    return any(_in_zero3(parameter) or isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def trains_in_shards(model: nn.Module) -> bool:
+    """Tell whether what trains is in shards, as it is by ZeRO-3 and not by FSDP2."""
+    return any(_in_zero3(parameter) for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _in_zero3(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id")
 
 
 @contextmanager
 def whole(module: nn.Module) -> Iterator[None]:
     """Let the weights of a module be read inside, also where ZeRO-3 shards them; every process calls this."""
-    if not is_sharded(module):
+    if not any(_in_zero3(parameter) for parameter in module.parameters()):
         yield
         return
     from deepspeed import zero

@@ -16,6 +16,7 @@ from mllm.config.run import RunConfig, SamplerConfig, TrainConfig
 from mllm.training.fused_loss import check_liger
 from mllm.training.loss import Distillation
 from mllm.training.selection import Selection
+from mllm.utils.distributed import world_size
 
 _AT_THE_END = 2**31
 """As an interval of steps: never before the last one."""
@@ -39,6 +40,7 @@ class ElasticArguments(TrainingArguments):
     selection: Selection | None = None
     save_minutes: float | None = None
     watchdog_minutes: float | None = None
+    shards_llm: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -48,14 +50,20 @@ class ElasticArguments(TrainingArguments):
         return Path(self.output_dir)
 
 
-def build_arguments(config: RunConfig, *, on_cpu: bool) -> ElasticArguments:
+def build_arguments(config: RunConfig, *, on_cpu: bool, shards_llm: bool = False) -> ElasticArguments:
     """Build the arguments of a run. Where it lasts for epochs, `max_steps` and the warm-up are put in once the data is
     known.
 
+    Args:
+        shards_llm: the launcher asks for FSDP2.
+
     Raises:
-        ValueError: a loss kernel that cannot run here, or a report to what is not installed.
+        ValueError: a loss kernel that cannot run here, a report to what is not installed, or what does not go with
+            FSDP2.
     """
     train = config.train
+    if shards_llm:
+        check_fsdp2(config)
     check_reports(train.report_to)
     if train.loss_kernel == "liger":
         check_liger(on_cpu=on_cpu)
@@ -102,7 +110,26 @@ def build_arguments(config: RunConfig, *, on_cpu: bool) -> ElasticArguments:
         selection=selection_of(train),
         save_minutes=train.save_minutes,
         watchdog_minutes=train.watchdog_minutes,
+        shards_llm=shards_llm,
     )
+
+
+def check_fsdp2(config: RunConfig) -> None:
+    """Refuse what does not go with an LLM in shards, before anything is loaded.
+
+    Raises:
+        ValueError: by key, or that there is one process.
+    """
+    if world_size() == 1:
+        raise ValueError("the launcher asks for FSDP2, which shards the LLM over processes, but started only one")
+    if config.train.deepspeed is not None:
+        raise ValueError("train.deepspeed does not go with FSDP2; use one of the two")
+    if "llm" in config.parts:
+        raise ValueError("train.parts with llm does not go with FSDP2, which shards what is frozen; use ZeRO-3")
+    if config.train.memory == "low":
+        raise ValueError("train.memory low does not go with FSDP2, where all processes run the same passes; use fast")
+    if config.model.quantization is not None:
+        raise ValueError("model.quantization does not go with FSDP2, which shards weights as they are; use DDP")
 
 
 def selection_of(train: TrainConfig) -> Selection | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 logger = logging.getLogger(__name__)
 
@@ -40,23 +41,23 @@ class ModelMemory:
 
 def memory_of(model: nn.Module) -> ModelMemory:
     """Count what the weights of a model, its gradients and AdamW's moments take."""
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return ModelMemory(
-        weights=sum(map(_num_bytes, tensors)),
+        weights=sum(map(_num_bytes, _tensors(model))),
         gradients=sum(map(_num_bytes, trained)),
         moments=sum(2 * 4 * parameter.numel() for parameter in trained),
     )
 
 
 def tell_memory(model: nn.Module, device: torch.device) -> None:
-    """Log what a model that lies in host memory will take on the device it trains on, and warn where that is too much.
+    """Log what a model will take on the device it trains on, and warn where more of that is to come than is free.
 
     What a micro-batch keeps for its backward pass comes on top.
     """
     memory, free = memory_of(model), free_bytes(device)
     logger.info("memory whatever the batch: %s; free: %s", memory, shown_bytes(free))
-    still_needed = memory.total if device.type == "cuda" else memory.total - memory.weights
+    there = [_num_bytes(tensor) for tensor in _tensors(model) if tensor.device.type == device.type]
+    still_needed = memory.total - sum(there)
     if still_needed > free:
         logger.warning(
             "this run takes %s more before its first micro-batch, and %s has %s free; train less of the model, use a "
@@ -81,5 +82,13 @@ def shown_bytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
 
 
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """List parameters and buffers, each once."""
+    return list({id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values())
+
+
 def _num_bytes(tensor: Tensor) -> int:
+    """Count the bytes of a tensor, or of this process's shard of it."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to_local()
     return tensor.numel() * tensor.element_size()

@@ -32,7 +32,7 @@ from mllm.data.manifest import Sample
 from mllm.data.shared_media import samples_that_share
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.precision import keep_in_float32
-from mllm.model.trainables import is_sharded, set_trainables, trainable_names
+from mllm.model.trainables import set_trainables, trainable_names, trains_in_shards
 from mllm.processing.processor import ElasticProcessor
 from mllm.training.arguments import ElasticArguments, build_arguments
 from mllm.training.checkpoint import TRAINABLES, check_continues, choose_checkpoint, set_aside_refused
@@ -43,6 +43,7 @@ from mllm.training.feature_cache.store import FeatureStore
 from mllm.training.initialization.projector_fit import fit_projectors
 from mllm.training.initialization.start_from import start_from
 from mllm.training.interruption import RunInterrupted, StopRequest, stopping_on_signals
+from mllm.training.llm_shards import mesh_of_all, shard_llm
 from mllm.training.memory import tell_memory
 from mllm.training.pipeline.batches import RankSlots
 from mllm.training.pipeline.dataset import TrainingData, build_sampler, extreme_budgets, load_dataset
@@ -54,7 +55,7 @@ from mllm.training.throughput import Stopwatch
 from mllm.training.trainer import ElasticTrainer, Metric, Validation
 from mllm.training.watchdog import remove_reports, watched
 from mllm.utils.broken_packages import hide_broken_deepspeed
-from mllm.utils.distributed import check_process_count, prepare_launch
+from mllm.utils.distributed import check_process_count, in_turn, prepare_launch, take_fsdp2
 from mllm.utils.files import write_text_whole
 from mllm.utils.registry import load_plugins
 from mllm.utils.run_paths import CONFIG, RUN_CONFIG, run_of
@@ -141,9 +142,9 @@ def _prepare(
     config = dataclasses.replace(config, model=resolved(model_config).with_sources(config.model.sources))
     located = dataclasses.replace(config, model=model_config)
     data = load_dataset(located, fits_captions=start is None)
-    model, processor = build_model(located)
+    model, processor = _build_model(located, arguments)
     model.config.sources = _sources_of(config.model, model.config.sources or {}, arguments.run)
-    if not is_sharded(model):
+    if not trains_in_shards(model):
         tell_memory(model, arguments.device)
     if start is not None:
         check_continues(start.facts, {**_facts(config, model, data), "processes": arguments.world_size})
@@ -160,11 +161,13 @@ def launch(config: RunConfig) -> ElasticArguments:
     """Make the processes of a launcher one training, and its trainer's arguments; call it before any model is made.
 
     Raises:
-        ValueError: processes that did not find each other, or a loss kernel or DeepSpeed that cannot run here.
+        ValueError: processes that did not find each other, a loss kernel or DeepSpeed that cannot run here, or FSDP as
+            a run has none.
     """
+    shards_llm = take_fsdp2()
     on_cpu = prepare_launch(use_cpu=config.train.use_cpu, deepspeed=config.train.deepspeed is not None)
     hide_broken_deepspeed()
-    arguments = build_arguments(config, on_cpu=on_cpu)
+    arguments = build_arguments(config, on_cpu=on_cpu, shards_llm=shards_llm)
     check_process_count(arguments.world_size)
     return arguments
 
@@ -179,6 +182,19 @@ def build_model(config: RunConfig) -> tuple[ElasticForConditionalGeneration, Ela
     model, processor = build(config.model, limits=config.data.limits)
     set_trainables(model, config.parts)
     keep_in_float32(parameter for parameter in model.parameters() if parameter.requires_grad)
+    return model, processor
+
+
+def _build_model(
+    config: RunConfig, arguments: ElasticArguments
+) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
+    """Build the model and processor; where the LLM is sharded, no two processes of a machine ever hold it whole."""
+    if not arguments.shards_llm:
+        return build_model(config)
+    mesh = mesh_of_all(arguments.device)
+    with in_turn():
+        model, processor = build_model(config)
+        shard_llm(model, arguments.device, mesh)
     return model, processor
 
 
@@ -230,7 +246,7 @@ def build_trainer(
     arguments.facts = _facts(config, model, data)
     sampler = build_sampler(config, processor.space)
     fits = "captions" in data.samples  # not in a resumed run
-    if fits and is_sharded(model):
+    if fits and trains_in_shards(model):
         raise ValueError("data.captions cannot be fitted under ZeRO-3, which keeps no projector whole; use ZeRO-2")
     stores = None
     if config.data.features is not None:
@@ -320,7 +336,7 @@ def _feature_stores(
     samples: FeatureSamples,
 ) -> Stores:
     """Make the features of the samples, by all processes; the model's encoders are gone afterwards."""
-    if is_sharded(model):
+    if trains_in_shards(model):
         raise ValueError("data.features cannot be made under ZeRO-3, which keeps no encoder whole; use ZeRO-2")
     rank, num_ranks = arguments.process_index, arguments.world_size
     with _reporting("encoding", arguments) as report:

@@ -33,7 +33,7 @@ from mllm.checkpoints.load import load_trainables, trainable_state
 from mllm.checkpoints.tensor_files import num_bytes_of
 from mllm.config.model import MomeConfig
 from mllm.model.modeling import ElasticForConditionalGeneration, Features, TargetLoss
-from mllm.model.trainables import is_sharded, trainable_names
+from mllm.model.trainables import is_sharded, trainable_names, trains_in_shards
 from mllm.processing.batch import Batch
 from mllm.processing.processor import ElasticProcessor
 from mllm.training.arguments import ElasticArguments
@@ -43,6 +43,7 @@ from mllm.training.frozen_teacher import TEACHER, FrozenTeacher
 from mllm.training.fused_loss import FusedTargetLoss, plain_head
 from mllm.training.host_answers import answered_by_host
 from mllm.training.interruption import SaveOnTime, StopOnRequest, StopRequest
+from mllm.training.llm_shards import averaging_gradients
 from mllm.training.logs import RunFlow, RunLog, RunProgress, Tally
 from mllm.training.loss import ChunkedTargetLoss, Loss
 from mllm.training.optimization import check_gradients, moments_of, named_groups, set_moments
@@ -128,13 +129,16 @@ class ElasticTrainer(Trainer):
         super().__init__(model, args, eval_dataset=cast(Any, validation), callbacks=cast(Any, callbacks))
         if not had_cache:  # Trainer switches the cache off in the config, and generation would find it off
             delattr(model.config, "use_cache")
-        if args.host_answer_tokens is not None and is_sharded(model):
-            raise ValueError("data.host_answer_tokens does not go with ZeRO-3, which keeps no layer whole; use ZeRO-2")
-        if args.answered_samples and is_sharded(model):
-            raise ValueError("train.answered_samples does not go with ZeRO-3, which keeps no layer whole; use ZeRO-2")
+        answering = {
+            "data.host_answer_tokens": args.host_answer_tokens,
+            "train.answered_samples": args.answered_samples,
+        }
+        for key, number in answering.items():
+            if number and is_sharded(model):
+                raise ValueError(f"{key} does not go with ZeRO-3 or FSDP2, which keep no layer whole; use ZeRO-2")
         if args.memory == "low" and self.is_deepspeed_enabled:
             raise ValueError("train.memory low does not go with DeepSpeed, which counts backward passes; use fast")
-        if args.has_frozen_teacher and is_sharded(model):
+        if args.has_frozen_teacher and trains_in_shards(model):
             raise ValueError("sampler.teacher frozen does not go with ZeRO-3, which keeps no layer whole; use ZeRO-2")
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback) is not None:
@@ -274,9 +278,8 @@ class ElasticTrainer(Trainer):
         """Split the views of a step into those of one forward pass each."""
         if self.args.memory != "low":
             return [[*views]]
-        # Processes that gather weights in every pass need the same number of them, whatever their rows.
-        merges = self.packs and not is_sharded(self.elastic)
-        return split_by_budget(views, tokens_of_views(batch.rows, views, self.processor.space) if merges else None)
+        merged = tokens_of_views(batch.rows, views, self.processor.space) if self.packs else None
+        return split_by_budget(views, merged)
 
     def _frozen_teacher_states(self, batch: Batch, features: Mapping[str, Features]) -> Teacher | None:
         """Compute what all budgets learn from, where a frozen copy of what trains teaches."""
@@ -338,6 +341,14 @@ class ElasticTrainer(Trainer):
         self.tally.add(training_batch, loss.budget_losses, loss.auxiliary)
         if expert_usage is not None:
             self.experts.add(training_batch.names, training_batch.view_budgets, expert_usage)
+
+    # ---- wrapping ----
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """Wrap also what accelerate refuses to wrap for DDP: a model whose frozen LLM is in shards."""
+        if not training or not is_sharded(self.elastic) or self.is_deepspeed_enabled or model is not self.elastic:
+            return super()._wrap_model(model, training, dataloader)
+        return averaging_gradients(self.accelerator.prepare_model(model, evaluation_mode=True))  # autocast alone
 
     # ---- the optimizer ----
 

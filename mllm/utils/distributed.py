@@ -15,6 +15,8 @@ import shutil
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,6 +27,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 COMPILERS = ("g++", "c++", "clang++")
+_FSDP2_OPTIONS = {
+    "FSDP_OFFLOAD_PARAMS": ("false", "shards stay on their GPU; with too little memory take more GPUs or fewer bits"),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("false", "that is train.gradient_checkpointing in the run's config"),
+    "FSDP_RESHARD_AFTER_FORWARD": ("true", "a layer is gathered for its forward and its backward pass, each time anew"),
+    "FSDP_AUTO_WRAP_POLICY": ("TRANSFORMER_BASED_WRAP", "layers of the LLM are sharded, each by itself"),
+}
+"""What a launcher's config may ask of FSDP2, by accelerate's environment variable, and what to say of anything else."""
 logger = logging.getLogger(__name__)
 
 
@@ -72,17 +81,47 @@ def prepare_launch(*, use_cpu: bool, deepspeed: bool) -> bool:
     return on_cpu
 
 
-def _refuse_fsdp() -> None:
-    """Refuse what would save the shard of one process as the whole.
+def take_fsdp2() -> bool:
+    """Take FSDP2 over from a launcher that asks for it: the run shards its LLM itself, and accelerate sees DDP.
+
+    accelerate's own FSDP2 shards what trains too, and leaves a run on CPUs unsharded without a word.
+
+    Returns:
+        Whether the launcher asks for it. It is asked once; another call finds no launcher that does.
 
     Raises:
-        ValueError: the launcher's config asks for FSDP; names the way that shards frozen weights too.
+        ValueError: it asks for FSDP1, or for something of FSDP2 that a run does not do; the key of accelerate's config
+            is named.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+    if not _asks_for_fsdp():
+        return False
+    if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
         raise ValueError(
-            "the launcher asks for FSDP (ACCELERATE_USE_FSDP), whose shards cannot be saved as a run; to shard the LLM "
-            "over GPUs take ZeRO-3: accelerate launch --config_file configs/accelerate_zero3.yaml"
+            f"the launcher asks for FSDP{version}, whose shards cannot be saved as a run; take FSDP2: accelerate "
+            "launch --config_file configs/accelerate_fsdp2.yaml"
         )
+    for name, (allowed, instead) in _FSDP2_OPTIONS.items():
+        if (value := os.environ.get(name, allowed)).lower() != allowed.lower():
+            raise ValueError(f"the launcher's config has {name.lower()}: {value}; {instead}")
+    del os.environ["ACCELERATE_USE_FSDP"]
+    return True
+
+
+def _refuse_fsdp() -> None:
+    """Refuse what would shard a model that is not there to be sharded, such as one that answers.
+
+    Raises:
+        ValueError: the launcher's config asks for FSDP.
+    """
+    if _asks_for_fsdp():
+        raise ValueError(
+            "the launcher asks for FSDP (ACCELERATE_USE_FSDP), which only training knows; take "
+            "configs/accelerate_ddp.yaml"
+        )
+
+
+def _asks_for_fsdp() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
 
 
 def finish_launch(status: int) -> int:
@@ -113,6 +152,21 @@ def finish_launch(status: int) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(status)
+
+
+@contextmanager
+def in_turn() -> Iterator[None]:
+    """Let the processes of a machine run what is inside one after the other; every process calls this."""
+    from accelerate import PartialState
+
+    state = PartialState()
+    number, num_turns = state.local_process_index, max(gather_json(state.local_process_index)) + 1
+    # They meet behind every turn, so that none waits longer than one turn, and no group of processes loses patience.
+    for _ in range(number):
+        state.wait_for_everyone()
+    yield
+    for _ in range(number, num_turns):
+        state.wait_for_everyone()
 
 
 def gather_json(value: Any) -> list[Any]:

@@ -71,7 +71,7 @@ def test_the_model_of_a_config_builds_at_real_size(path: Path) -> None:
 def test_launcher_configs_are_read() -> None:
     files = sorted((ROOT / "configs").glob("accelerate_*.yaml"))
     assert [path.stem for path in files] == [
-        *("accelerate_ddp", "accelerate_multinode", "accelerate_zero2", "accelerate_zero3")
+        *("accelerate_ddp", "accelerate_fsdp2", "accelerate_multinode", "accelerate_zero2", "accelerate_zero3")
     ]
     for path in files:
         values = yaml.safe_load(path.read_text())

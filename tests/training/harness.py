@@ -20,6 +20,7 @@ from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.model.trainables import set_trainables
 from mllm.processing.processor import LoadedMedia
 from mllm.training.arguments import build_arguments
+from mllm.training.llm_shards import mesh_of_all, shard_llm
 from mllm.training.trainer import ElasticTrainer, Validation
 from mllm.utils.random_generator import random_generator
 
@@ -91,13 +92,16 @@ def make_trainer(
     workers: int = 0,
     batches: Sequence[Sequence[int]] | None = None,
     validated_at: Sequence[str] = (),
+    shards_llm: bool = False,
 ) -> ElasticTrainer:
     """The real trainer on toy rows. `batches` fixes the micro-batches of every epoch, `validated_at` the budgets."""
-    arguments = build_arguments(settings, on_cpu=True)
+    arguments = build_arguments(settings, on_cpu=True, shards_llm=shards_llm)
     processor = tiny.processor(settings.model)
     with unsharded():
         model = tiny.model(settings.model)
     set_trainables(model, settings.parts)
+    if shards_llm:
+        shard_llm(model, arguments.device, mesh_of_all(arguments.device))
     arguments.facts = {"settings": dataclasses.asdict(settings), "sources": {}}
     data = Rows(kinds, rows)
 

@@ -4,6 +4,7 @@ Each test starts a launcher once and compares files: weights, moments and the lo
 process has begun: checkpoints know neither the number of processes nor the ZeRO stage.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -73,6 +74,23 @@ def test_zero_equals_one_process_also_where_a_process_lacks_a_medium(
     tmp_path: Path, one_process: Path, stage: int
 ) -> None:
     launch_all(tmp_path, one_process, "--deepspeed", CONFIGS / f"zero{stage}.json")
+
+
+@pytest.mark.slow
+def test_fsdp2_equals_one_process_with_half_of_the_frozen_llm_on_each(tmp_path: Path, one_process: Path) -> None:
+    worker.run_scenario("mome", worker.scenario_settings("mome", tmp_path / "one", 1))
+    shutil.copytree(one_process / "even", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-00000004")
+    launch(tmp_path, "skewed", "resumed", "mome", "--fsdp2")
+    assert_same_run(one_process / "skewed", tmp_path / "skewed")
+    assert_same_run(one_process / "even", tmp_path / "resumed")
+    # Experts report their balance from every layer, and FSDP2 copies some of what it hands to a layer.
+    assert_same_run(tmp_path / "one" / "mome", tmp_path / "mome", weights_atol=1e-4)
+    for name in ("skewed", "resumed", "mome"):
+        counts = [json.loads((tmp_path / f"{name}-frozen-{rank}.json").read_text()) for rank in range(2)]
+        assert len(counts[0]) == 18  # nine matrices and norms in each of two layers
+        for parameter, (here, everything) in counts[0].items():
+            assert [here, everything] == counts[1][parameter] == [everything // 2, everything]
 
 
 @pytest.mark.slow

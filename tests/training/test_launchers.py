@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from mllm.checkpoints.load import TRAINABLES, load
 from mllm.config.run import DataConfig, RunConfig, SamplerConfig, TrainConfig, config_yaml
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
+from mllm.inference.answerer import Answerer
+from mllm.inference.decoding import Decoding
 from mllm.model.trainables import NEW_TOKENS
 from mllm.training.run import train
 from mllm.training.run_folder import read_checkpoint
@@ -28,6 +30,7 @@ LAUNCHERS = {
     "torchrun": "torchrun --standalone --nproc_per_node 2 -m mllm",
     "accelerate": "accelerate launch --config_file configs/accelerate_ddp.yaml -m mllm",
     "deepspeed": "deepspeed --num_accelerators 2 --no_local_rank --module mllm",
+    "fsdp2": "accelerate launch --config_file configs/accelerate_fsdp2.yaml -m mllm",
     "zero2": "accelerate launch --config_file configs/accelerate_zero2.yaml -m mllm",
     "zero3": "accelerate launch --config_file configs/accelerate_zero3.yaml -m mllm",
 }
@@ -81,6 +84,14 @@ def launch(settings: RunConfig, folder: Path, launcher: str) -> subprocess.Compl
     )
 
 
+def answers(run: Path, media: Path) -> list[str]:
+    """What a finished run says of an image at its smallest and at its largest budget."""
+    answerer = Answerer(*load(run), Decoding(max_new_tokens=8))
+    return [
+        answerer.answer("what is it?", image=media / "0.png", budget=budget).text for budget in ("image=1", "image=64")
+    ]
+
+
 @pytest.mark.slow
 def test_zero3_refuses_an_llm_that_is_not_whole(settings: RunConfig, tmp_path: Path) -> None:
     """There transformers reads names and shapes in another way, which knows of no shapes."""
@@ -115,4 +126,6 @@ def test_a_launcher_trains_what_one_process_trains(
             saved[name], value, rtol=1e-4, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
         )
     assert read_checkpoint(tmp_path / "run" / "checkpoint-00000003").facts["processes"] == 2
-    load(tmp_path / "run")
+    assert ("are in 2 shards" in done.stderr) == (launcher == "fsdp2")
+    one = Path(settings.train.out)
+    assert answers(tmp_path / "run", one.parent / "media") == answers(one, one.parent / "media")

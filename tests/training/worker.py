@@ -1,11 +1,12 @@
 """What one of several processes does: the toy runs of `test_distributed.py`. Started by a launcher, not by pytest.
 
-python worker.py FOLDER SCENARIO [SCENARIO ...] [--deepspeed CONFIG]
+python worker.py FOLDER SCENARIO [SCENARIO ...] [--deepspeed CONFIG | --fsdp2]
 
 A scenario whose run folder holds a checkpoint is resumed from it.
 """
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from accelerate import PartialState
 from caption_fit import fit
 from harness import make_trainer, run_settings
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from mllm.config.model import LoraBankConfig, MomeConfig
 from mllm.config.run import RunConfig, SamplerConfig
+from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.training.run_folder import newest_checkpoint
 from mllm.utils.distributed import finish_launch, prepare_launch
 
@@ -88,15 +91,27 @@ def scenario_settings(name: str, folder: Path, num_processes: int, **train: Any)
     return run_settings(folder / name, model, sampler=sampler, save_every=2, **train)
 
 
-def run_scenario(name: str, settings: RunConfig) -> Any:
+def run_scenario(name: str, settings: RunConfig, *, shards_llm: bool = False) -> Any:
     """Train a scenario; the trainer afterwards."""
     scenario = ALL_SCENARIOS[name]
     trainer = make_trainer(
-        settings, kinds=scenario["kinds"], batches=scenario["batches"], rows=9 if scenario["batches"] is None else 8
+        settings,
+        kinds=scenario["kinds"],
+        batches=scenario["batches"],
+        rows=9 if scenario["batches"] is None else 8,
+        shards_llm=shards_llm,
     )
     newest = newest_checkpoint(Path(settings.train.out))
     trainer.train(resume_from_checkpoint=None if newest is None else str(newest.folder))
     return trainer
+
+
+def frozen_counts(model: ElasticForConditionalGeneration) -> dict[str, list[int]]:
+    """Frozen numbers of each parameter of the LLM's layers: those on this process, and all."""
+    layers = model.model.language_model.layers
+    frozen = {name: value for name, value in layers.named_parameters() if not value.requires_grad}
+    here = {name: value.to_local() if isinstance(value, DTensor) else value for name, value in frozen.items()}
+    return {name: [here[name].numel(), value.numel()] for name, value in frozen.items()}
 
 
 def fit_captions(folder: Path, rank: int, world: int) -> None:
@@ -111,6 +126,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("scenarios", nargs="+")
     parser.add_argument("--deepspeed")
+    parser.add_argument("--fsdp2", action="store_true")
     arguments = parser.parse_args()
     prepare_launch(use_cpu=True, deepspeed=arguments.deepspeed is not None)
     for name in arguments.scenarios:
@@ -118,9 +134,12 @@ def main() -> None:
             fit_captions(arguments.folder, PartialState().process_index, 2)
             continue
         settings = scenario_settings(name, arguments.folder, 2, deepspeed=arguments.deepspeed)
-        trainer = run_scenario(name, settings)
+        trainer = run_scenario(name, settings, shards_llm=arguments.fsdp2)
         budgets = [str(one.budget) for step in range(50) for one in trainer.sampler(step)]
         (arguments.folder / f"{name}-draws-{trainer.args.process_index}.txt").write_text("\n".join(budgets))
+        if arguments.fsdp2:
+            counts = json.dumps(frozen_counts(trainer.elastic))
+            (arguments.folder / f"{name}-frozen-{trainer.args.process_index}.json").write_text(counts)
     finish_launch(0)
 
 
