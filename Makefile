@@ -120,13 +120,14 @@ test-liger: $(VENV)-liger/stamp
 # torchvision goes with torch for CUDA alone, so that of the CPU would only be replaced.
 $(VENV)-hosts/stamp: $(LOCK) | $(VENV)-hosts/bin/python
 	@echo "installing torch with CUDA, which torchvision wants, in $(VENV)-hosts: 6 GB"
-	$(VENV)-hosts/bin/python -m pip install --quiet --editable ".[hosts,test]"
+	$(VENV)-hosts/bin/python -m pip install --quiet --editable ".[hosts,voxtral,test]"
 	@touch $@
 
 HOSTS_APART := smolvlm or cohere2_vision or granite_speech or mistral3
-## make test-hosts the tests of hosts whose processors need num2words, torchvision or torchaudio, in an environment of their own
+# mistral-common holds numpy back, so that Voxtral is no part of `make test-newest`.
+## make test-hosts the tests of hosts whose processors need num2words, torchvision, torchaudio or mistral-common, in an environment of their own
 test-hosts: $(VENV)-hosts/stamp
-	REQUIRE_HOSTS=1 OMP_NUM_THREADS=1 $(VENV)-hosts/bin/python -m pytest tests/hosts -k "$(HOSTS_APART)"
+	REQUIRE_HOSTS=1 OMP_NUM_THREADS=1 $(VENV)-hosts/bin/python -m pytest tests/hosts -k "$(HOSTS_APART) or voxtral"
 
 $(VENV)-lips/stamp: $(LOCK) | $(VENV)-lips/bin/python
 	$(VENV)-lips/bin/python $(INSTALL) --no-project

@@ -124,7 +124,7 @@ def check(folder: str, model: Any, processor: Any, image: Image.Image, seen: Seq
         if most is not None:
             resolution = processor.host.resizing.at_most((image.height, image.width), most)
             smaller = processor.host.resizing.keywords(resolution.setting)
-        theirs = adoption.host_inputs(processor, image, torch.float32, images_kwargs=smaller)
+        theirs = adoption.host_inputs(processor, image, host, images_kwargs=smaller)
         ours = processor(text=adoption.QUESTION, images=[image], budget=str(budget))
         if not torch.equal(model(**ours).logits, host(**theirs).logits):
             raise ValueError(f"{budget}: the logits are not the host's own")

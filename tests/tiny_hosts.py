@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_tekken
 import torch
 import transformers as hf
 from PIL import Image
@@ -601,6 +602,22 @@ def _glmasr_processor(tokenizer: Any) -> Any:
     )
 
 
+def _voxtral_config(_tokenizer: Any) -> Any:
+    # Four frames are as wide as the encoder's inner layer, and are projected to one soft token.
+    sizes = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {"pad_token_id": 11, "bos_token_id": 1, "eos_token_id": 2}
+    return hf.VoxtralConfig(
+        audio_config={"model_type": "voxtral_encoder", **sizes, **_MEL},
+        text_config=hf.LlamaConfig(**{**TEXT, **ids}, head_dim=8),
+        audio_token_id=tiny_tekken.AUDIO_ID,
+        tie_word_embeddings=False,
+    )
+
+
+def _voxtral_processor(_tokenizer: Any) -> Any:
+    return tiny_tekken.TekkenProcessor()
+
+
 def _typed(token: str, medium: str = "image") -> str:
     return TYPED.replace("MEDIUM", medium).replace("TOKEN", token)
 
@@ -705,6 +722,7 @@ HOSTS: dict[str, TinyHost] = {
         ("<|audio|>",), STRINGS, _granite_speech_config, _granite_speech_processor, medium="audio"
     ),
     "glmasr": TinyHost(("<|pad|>",), _typed("<|pad|>", "audio"), _glmasr_config, _glmasr_processor, medium="audio"),
+    "voxtral": TinyHost((), "", _voxtral_config, _voxtral_processor, medium="audio"),
 }
 SIGLIP_LLAVA = TinyHost(("<image>",), IMAGES_FIRST, _siglip_llava_config, _siglip_llava_processor)
 """Another member of a family, whose encoder has no class token."""
@@ -719,6 +737,7 @@ NEEDS = {
     "mistral3": "torchvision",
     "cohere2_vision": "torchvision",
     "granite_speech": "torchaudio",
+    "voxtral": "mistral_common",
 }
 """Packages that the processors of some families want, and that the usual environment does without."""
 

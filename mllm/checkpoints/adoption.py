@@ -21,13 +21,21 @@ from transformers import BatchFeature
 from mllm.adapters.adapter_inputs import decoder_layers
 from mllm.budget.tiling import Size, Tiling
 from mllm.checkpoints.build import config_of_host, put_host
-from mllm.checkpoints.pretrained import host_config, load_host, read_tokenizer, unsharded
+from mllm.checkpoints.pretrained import host_config, load_host, read_host_tokenizer, unsharded
 from mllm.checkpoints.sources import resolve_source
 from mllm.config.model import ModelConfig
 from mllm.config.processor import ProcessorConfig
 from mllm.config.reading import read
 from mllm.encoders import EncoderFacts
-from mllm.hosts import build_host, find_family, host_facts, host_tiling, read_host_processor, reading_parts
+from mllm.hosts import (
+    build_host,
+    find_family,
+    host_facts,
+    host_tiling,
+    read_host_processor,
+    reading_parts,
+    tekken_inputs,
+)
 from mllm.hosts.resizing import GEMMA4_TOKENS, RESIZING
 from mllm.hosts.tiles import method_settings
 from mllm.model.modeling import ElasticForConditionalGeneration
@@ -49,7 +57,7 @@ class Findings:
         model_type, medium: of the host.
         encoder, projector, llm: names of the classes, and their parameters.
         grid: rows and columns of a tile; of a typical image where images keep their shape.
-        tokens_per_second: of audio.
+        tokens_per_second, whole_seconds: of audio, and of the windows it is read in, where those are always whole.
         budgets: proposed, largest first.
         keeps_shape: images keep their shape, so that budgets are rates.
         resolutions: numbers N of `image<=N` to try, where the host can see images smaller.
@@ -65,6 +73,7 @@ class Findings:
     budgets: tuple[str, ...]
     keeps_shape: bool = False
     resolutions: tuple[int, ...] = ()
+    whole_seconds: float | None = None
 
 
 def examine(reference: str) -> Findings:
@@ -92,6 +101,7 @@ def examine(reference: str) -> Findings:
         tokens_per_second=facts.frames_per_second,
         budgets=_proposed(facts),
         resolutions=_resolutions(config, facts),
+        whole_seconds=family.clips.whole_seconds if family.clips is not None else None,
     )
 
 
@@ -164,7 +174,7 @@ def _compare(
 ) -> None:
     medium = processor.host.medium if processor.host is not None else ""
     full = _inputs(processor, raw, "")
-    theirs = host_inputs(processor, raw, host.dtype)
+    theirs = host_inputs(processor, raw, host)
     if not torch.equal(full["input_ids"], theirs["input_ids"]):
         raise ValueError(
             f"the prompt of {medium} {number + 1} has {full['input_ids'].shape[1]} ids, and the host's own processor "
@@ -185,14 +195,14 @@ def _adopted(
 ) -> tuple[ElasticForConditionalGeneration, ElasticProcessor, Any]:
     """Build a model on a host that is loaded once: both have the same weights in memory."""
     config = host_config(reference)
+    kept = ProcessorConfig(host=read_host_processor(resolve_source(reference), config))
     host: Any = load_host(reference, config, dtype=read_dtype(dtype), attention="sdpa")
     block = {"budgets": list(findings.budgets)}
     elastic = config_of_host(read(ModelConfig, {"host": reference, findings.medium: block}, path="model"), config)
     with torch.device("meta"), unsharded():
         model = ElasticForConditionalGeneration(elastic)
     put_host(model, host)
-    kept = ProcessorConfig(host=read_host_processor(resolve_source(reference), config))
-    return model.eval(), ElasticProcessor(read_tokenizer(reference), elastic, kept), host
+    return model.eval(), ElasticProcessor(read_host_tokenizer(reference, config), elastic, kept), host
 
 
 def _media_of(medium: str, rng: np.random.Generator) -> list[Any]:
@@ -210,7 +220,7 @@ def _inputs(processor: ElasticProcessor, raw: Any, budget: str) -> BatchFeature:
 def host_inputs(
     processor: ElasticProcessor,
     raw: Any,
-    dtype: torch.dtype,
+    host: Any,
     *,
     question: str = QUESTION,
     images_kwargs: Mapping[str, Any] | None = None,
@@ -220,9 +230,25 @@ def host_inputs(
     Args:
         processor: of a model on the host.
         raw: an image of Pillow, or samples.
-        dtype: of the host.
+        host: itself, as transformers reads it.
         images_kwargs: with which the host's processor is called, such as a smaller resolution of images.
     """
+    assert processor.host is not None
+    if processor.host.family.is_tekken:
+        kind, rate_hz = processor.host.family.processor_class, processor.host.sample_rate_hz
+        outputs = tekken_inputs(host.name_or_path, kind, raw, rate_hz, question)
+    else:
+        outputs = _templated_inputs(processor, raw, question, images_kwargs)
+    return {
+        key: value.to(host.dtype) if value.is_floating_point() else value
+        for key, value in outputs.items()
+        if isinstance(value, Tensor) and key not in ("labels", *processor.host.processor.unused_input_names)
+    }
+
+
+def _templated_inputs(
+    processor: ElasticProcessor, raw: Any, question: str, images_kwargs: Mapping[str, Any] | None
+) -> Any:
     host = processor.host
     assert host is not None
     prompt = processor.apply_chat_template(
@@ -236,12 +262,7 @@ def host_inputs(
     if bos is not None and str(prompt).startswith(bos):
         options["add_special_tokens"] = False
     media = {"images": [raw]} if host.medium == "image" else {"audio": [raw]}
-    outputs = host.processor(text=[str(prompt)], **media, return_tensors="pt", **options)
-    return {
-        key: value.to(dtype) if value.is_floating_point() else value
-        for key, value in outputs.items()
-        if isinstance(value, Tensor) and key not in ("labels", *host.processor.unused_input_names)
-    }
+    return host.processor(text=[str(prompt)], **media, return_tensors="pt", **options)
 
 
 def oracle_inputs(

@@ -111,7 +111,8 @@ def build_config(config: ModelConfig) -> tuple[Any, ElasticConfig]:
     }
     if parts.host is not None:
         assert config.host is not None
-        return pretrained.read_tokenizer(config.host), config_of_host(config, parts.host, sources=sources)
+        tokenizer = pretrained.read_host_tokenizer(config.host, parts.host)
+        return tokenizer, config_of_host(config, parts.host, sources=sources)
     tokenizer = extended_tokenizer(config, num_rows=parts.text.vocab_size)
     elastic = config_of_parts(
         config,

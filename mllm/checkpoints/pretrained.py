@@ -49,7 +49,7 @@ from mllm.checkpoints.sources import (
 )
 from mllm.config.model import QuantizationConfig
 from mllm.encoders import ENCODERS, backbone_class, backbone_config, register_av_hubert
-from mllm.hosts import build_host, find_family, host_class, reading_parts
+from mllm.hosts import build_host, find_family, host_class, read_tekken_tokenizer, reading_parts
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +112,20 @@ def read_tokenizer(reference: str, **options: Any) -> Any:
     if (gguf := gguf_file(source)) is not None:
         return read_gguf_tokenizer(gguf, **options)
     return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+
+
+def read_host_tokenizer(reference: str, config: PreTrainedConfig) -> Any:
+    """Read the tokenizer of a host, a fast one.
+
+    Args:
+        config: of the host, as `host_config` reads it.
+
+    Raises:
+        OSError: there is none.
+    """
+    if find_family(config.model_type, reference=reference).is_tekken:
+        return read_tekken_tokenizer(resolve_source(reference))
+    return read_tokenizer(reference)
 
 
 def read_feature_extractor(reference: str) -> Any:

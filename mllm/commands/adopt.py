@@ -66,8 +66,9 @@ def _report(reference: str, findings: Any) -> list[str]:
         lines.append(f"  tokens    {rows * columns} per tile, {rows} x {columns}")
         unit = "a tile"
     else:
-        lines.append(f"  tokens    {findings.tokens_per_second:g} per second")
-        unit = f"{SECONDS:g} seconds"
+        whole = f", in whole windows of {findings.whole_seconds:g} seconds" if findings.whole_seconds else ""
+        lines.append(f"  tokens    {findings.tokens_per_second:g} per second{whole}")
+        unit = f"{findings.whole_seconds or SECONDS:g} seconds"
     lines.append(f"  budgets   {', '.join(findings.budgets)} (proposed)")
     lines.append(f"  cost      {_cost_line(reference, findings, unit)}")
     return lines
@@ -98,7 +99,8 @@ def cost_shares(reference: str, findings: Any) -> tuple[float, float]:
     config = host_config(reference)
     smallest = findings.budgets[-1]
     is_grid = findings.grid is not None
-    full = findings.grid[0] * findings.grid[1] if is_grid else round(SECONDS * findings.tokens_per_second)
+    seconds = findings.whole_seconds or SECONDS
+    full = findings.grid[0] * findings.grid[1] if is_grid else round(seconds * findings.tokens_per_second)
     least = full // int(smallest.removeprefix("/")) if smallest.startswith("/") else int(smallest)
     encoder = host_flops(config, Item(findings.medium, full, full))
     reading = [llm_flops(config.get_text_config(), num_tokens=tokens) for tokens in (full, least)]

@@ -12,6 +12,7 @@ Knows classes of transformers by family. Does not know budgets, compressors, ada
     rows.py       tokens of text behind the rows of an image
     positions.py  positions of three dimensions
     encoder.py    a host's own encoder and projector behind the contract of an encoder
+    tekken.py     hosts whose prompts are made by mistral-common
     processor.py  a host's own processor, called on one medium item at a time
 
 A host whose decoder wants more than embeddings and a mask is built of these; a new kind of what it wants gets a file.
@@ -31,6 +32,7 @@ from mllm.hosts.families import (
     reading_parts,
 )
 from mllm.hosts.processor import HostItem, HostProcessor, read_host_processor
+from mllm.hosts.tekken import read_tekken_tokenizer, tekken_inputs
 
 __all__ = [
     "HOSTS",
@@ -46,5 +48,7 @@ __all__ = [
     "host_tiling",
     "placeholder_id",
     "read_host_processor",
+    "read_tekken_tokenizer",
     "reading_parts",
+    "tekken_inputs",
 ]

@@ -9,12 +9,15 @@ H the LLM's hidden size. Windows that a clip does not have are computed too, and
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.masking_utils import create_bidirectional_mask
 
 GLM_MERGED_FRAMES = 4
 """Encoder frames that GLM-ASR's projector joins to one soft token."""
+VOXTRAL_WINDOW_SECONDS = 30
+VOXTRAL_TOKENS_PER_SECOND = 12.5
 
 
 def qwen2_audio_inputs(outputs: Mapping[str, Tensor]) -> tuple[Tensor, int]:
@@ -34,6 +37,48 @@ def qwen2_audio_features(body: Any, values: Tensor, lengths: Tensor) -> tuple[Te
     )
     hidden = body.audio_tower(values, attention_mask=mask).last_hidden_state
     return body.multi_modal_projector(hidden), counts
+
+
+def voxtral_outputs(processor: Any, samples: np.ndarray) -> Mapping[str, Tensor]:
+    """Return the mel windows (C, M, F) of one clip, and how prompts show it.
+
+    Voxtral's processor takes audio through mistral-common alone. What that makes of samples (L,) is silence behind them
+    up to whole windows and, in a prompt, a token that begins audio before one placeholder per soft token.
+    """
+    extractor, tokenizer = processor.feature_extractor, processor.tokenizer
+    num_samples = VOXTRAL_WINDOW_SECONDS * extractor.sampling_rate
+    mel = extractor(
+        samples,
+        sampling_rate=extractor.sampling_rate,
+        truncation=False,
+        padding=True,
+        pad_to_multiple_of=num_samples,
+        return_tensors="pt",
+    )["input_features"][0]
+    windows = mel.unflatten(1, (-1, num_samples // extractor.hop_length)).transpose(0, 1)
+    begin, audio = tokenizer.convert_tokens_to_ids(["[BEGIN_AUDIO]", processor.audio_token])
+    num_tokens = round(len(windows) * VOXTRAL_WINDOW_SECONDS * VOXTRAL_TOKENS_PER_SECOND)
+    return {"input_features": windows, "input_ids": torch.tensor([[begin, *[audio] * num_tokens]])}
+
+
+def voxtral_inputs(outputs: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    """Return the mel windows (C, M, F) of one clip, and all their frames, the silence behind it included."""
+    windows = outputs["input_features"]
+    return windows, windows.shape[0] * windows.shape[-1]
+
+
+def voxtral_features(body: Any, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode windows (N, C, M, F); every window is whole."""
+    soft = body.get_audio_features(values.flatten(0, 1), return_dict=True).pooler_output
+    num_windows = torch.div(lengths, values.shape[-1], rounding_mode="floor")
+    return soft.view(len(values), -1, soft.shape[-1]), num_windows * (soft.shape[0] // values.shape[:2].numel())
+
+
+def voxtral_window(config: Any) -> tuple[Tensor, Tensor]:
+    """Make one silent window."""
+    audio = config.audio_config
+    frames = 2 * audio.max_source_positions
+    return torch.zeros(1, 1, audio.num_mel_bins, frames), torch.tensor([frames])
 
 
 def mel_window(config: Any) -> tuple[Tensor, Tensor]:
@@ -94,6 +139,12 @@ def window_positions(config: Any, num_tokens: int) -> int:
 def granite_positions(config: Any, num_tokens: int) -> int:
     """Count the stacked mel frames of a clip."""
     return num_tokens * int(config.downsample_rate)
+
+
+def voxtral_positions(config: Any, num_tokens: int) -> int:
+    """Count the encoder frames of all windows of a clip; the projector joins as many as make its width."""
+    audio = config.audio_config
+    return num_tokens * audio.intermediate_size // audio.hidden_size
 
 
 def glmasr_positions(config: Any, num_tokens: int) -> int:

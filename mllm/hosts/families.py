@@ -7,11 +7,13 @@ others want beside those stands with them in `HOSTS`; families that want what is
 """
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -88,6 +90,9 @@ class Clips:
         positions: counts what the encoder's layers read for a clip, from the host's config and its soft tokens.
         window_seconds: the longest clip that its processor keeps whole; None where any length will do.
         num_fixed: how many of the last dimensions of the values have one size in all clips.
+        outputs: what stands for its processor's output, of the processor and the samples (L,) of a clip, where the
+            processor takes no text with a placeholder in it.
+        whole_seconds: clips are read in whole windows of so many seconds, with silence behind the last.
     """
 
     frames_per_second: float
@@ -97,10 +102,18 @@ class Clips:
     positions: Callable[[Any, int], int]
     window_seconds: float | None = None
     num_fixed: int = 2
+    outputs: Callable[[Any, np.ndarray], Mapping[str, Tensor]] | None = None
+    whole_seconds: float | None = None
 
     def num_positions(self, config: Any, num_features: int) -> int:
         """Count the positions that the encoder reads for one clip of so many soft tokens."""
         return self.positions(config, num_features)
+
+    def num_tokens(self, seconds: float) -> int:
+        """Count the soft tokens of a clip that lasts so long, as nearly as that tells."""
+        if self.whole_seconds is not None:
+            seconds = math.ceil(seconds / self.whole_seconds) * self.whole_seconds
+        return round(seconds * self.frames_per_second)
 
 
 @dataclass(frozen=True)
@@ -119,6 +132,7 @@ class HostFamily:
         reads_whole: why prompts cannot be read in parts, which may then be shared, kept and joined; empty where they
             can.
         template: what makes prompts, where the host's processor does so itself and has no chat template.
+        is_tekken: its tokenizer is a tekken file, and prompts are made by mistral-common; see `mllm.hosts.tekken`.
     """
 
     model_class: str
@@ -135,6 +149,7 @@ class HostFamily:
     caps_logits: bool = False
     reads_whole: str = ""
     template: str | None = None
+    is_tekken: bool = False
 
     @property
     def shares_beginnings(self) -> bool:
@@ -305,6 +320,21 @@ HOSTS: dict[str, HostFamily] = {
             window_seconds=655.0,
         ),
     ),
+    "voxtral": HostFamily(
+        "VoxtralForConditionalGeneration",
+        "VoxtralProcessor",
+        encoder="audio_tower",
+        clips=Clips(
+            clips.VOXTRAL_TOKENS_PER_SECOND,
+            clips.voxtral_inputs,
+            clips.voxtral_features,
+            clips.voxtral_window,
+            clips.voxtral_positions,
+            outputs=clips.voxtral_outputs,
+            whole_seconds=clips.VOXTRAL_WINDOW_SECONDS,
+        ),
+        is_tekken=True,
+    ),
 }
 """By the `model_type` of the host's config."""
 
@@ -312,7 +342,6 @@ _TYPICAL_SIDE = 16
 """Rows and columns of an image that reports are about, where images keep their shape."""
 NOT_YET: dict[str, str] = {
     "qwen2_5_omni": "it reads several media at once",
-    "voxtral": "its prompts are made by mistral-common and by no template",
 }
 """Families that are known and refused, each with the reason."""
 

@@ -26,6 +26,7 @@ from mllm.hosts.families import HostFamily, Patches, find_family, host_facts, ho
 from mllm.hosts.maps import MapSizes, map_items
 from mllm.hosts.resizing import HostResizing, TilesResizing, resizing_of
 from mllm.hosts.rows import RowBreaks, without_breaks
+from mllm.hosts.tekken import tekken_template
 from mllm.media import Audio
 from mllm.transforms.image_processors import image_processor_class, read_image_processor
 
@@ -102,10 +103,11 @@ def read_host_processor(source: str, config: Any) -> dict[str, Any]:
         config: of the host.
 
     Raises:
-        ValueError: an image processor or feature extractor that needs a package which is not installed.
+        ValueError: an image processor, feature extractor or tokenizer that needs a package which is not installed.
         OSError: there is none.
     """
     family = find_family(config.model_type, reference=source)
+    template = tekken_template(source) if family.is_tekken else None
     processor_class = getattr(transformers, family.processor_class)
     values, _ = processor_class.get_processor_dict(source)
     if family.medium == "image":
@@ -116,7 +118,7 @@ def read_host_processor(source: str, config: Any) -> dict[str, Any]:
     return {
         "preprocessor": part.to_dict(),
         "arguments": {key: value for key, value in values.items() if key in kept and key != "chat_template"},
-        "chat_template": values.get("chat_template"),
+        "chat_template": template or values.get("chat_template"),
     }
 
 
@@ -284,7 +286,10 @@ class HostProcessor:
                 f"the audio lasts {raw.seconds:.2f} seconds, and the host's processor would cut it at "
                 f"{clips.window_seconds:g}"
             )
-        outputs = self._called(None, audio=[raw.samples])
+        if clips.outputs is None:
+            outputs = self._called(None, audio=[raw.samples])
+        else:
+            outputs = clips.outputs(self.processor, raw.samples)
         values, length = clips.inputs(outputs)
         ids = outputs["input_ids"][0].tolist()
         tokens = ids.count(self.placeholder_id)
@@ -400,4 +405,6 @@ def _processor(family: HostFamily, values: Mapping[str, Any], tokenizer: Any) ->
     arguments: dict[str, Any] = dict.fromkeys(whole_class.get_attributes())
     for name in processor_class.get_attributes():
         arguments[name] = tokenizer if name == "tokenizer" else part
-    return processor_class(**arguments, **values["arguments"], chat_template=values.get("chat_template"))
+    if not family.is_tekken:  # the processors of those that are take no template
+        arguments["chat_template"] = values.get("chat_template")
+    return processor_class(**arguments, **values["arguments"])

@@ -99,6 +99,8 @@ OPTIONAL = (
     # Later ones cap numpy below 2, or come without their models. It wants protobuf 4, and with it tensorboard 2.20.
     Package("mediapipe", purpose="finding faces for mouth crops (mllm prepare lips)", extra="lips", apart=True),
     Package("num2words", purpose="adopting a SmolVLM, whose processor asks for it", extra="hosts"),
+    # It holds numpy below 2.4 up to Python 3.12.
+    Package("mistral-common", "mistral_common", "adopting a Voxtral, whose prompts it makes", "voxtral", apart=True),
     Package("gguf", purpose="an LLM in a GGUF file", extra="gguf"),
     Package("bitsandbytes", purpose="a frozen LLM in 8 or 4 bits, on a GPU (model.quantization)", extra="quantization"),
     Package("piper-tts", module="piper", purpose="a voice for the demo on real weights", extra="real", apart=True),

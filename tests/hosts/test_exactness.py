@@ -47,7 +47,7 @@ def test_a_host_at_full_is_the_host_bit_for_bit_and_below_it_the_host_on_pooled_
 def test_the_adapter_never_touches_the_full_budget(adopted: Any, family: str, dtype: str) -> None:
     model, processor, host = adopted(family, dtype)
     raw = tiny_hosts.medium(family)
-    theirs = adoption.host_inputs(processor, raw, host.dtype)
+    theirs = adoption.host_inputs(processor, raw, host)
     ours = tiny_hosts.inputs(processor, [raw])
     assert ours["scale_ids"].tolist() == [-1]
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_answers_at_full_are_those_of_the_hosts_own_pipeline(adopted: Any, famil
     model, processor, host = adopted(family)
     raw = tiny_hosts.medium(family, seed=1)
     options = {"num_beams": beams, "max_new_tokens": 6, "do_sample": False}
-    theirs = adoption.host_inputs(processor, raw, host.dtype)
+    theirs = adoption.host_inputs(processor, raw, host)
     expected = host.generate(**theirs, **options)[:, theirs["input_ids"].shape[1] :]
     ours = tiny_hosts.inputs(processor, [raw])
     assert torch.equal(model.generate(**ours, **options)[:, ours["input_ids"].shape[1] :], expected)

@@ -177,7 +177,7 @@ def test_an_image_of_fewer_tiles_is_the_hosts_own_with_those(adopted: Any, famil
     whole = processor.expand(batch, [[Budget()]], left_padding=True).inputs
     assert (ours["scale_ids"].tolist(), reduced["scale_ids"].tolist()) == ([-1], [0])
     with seeing(processor, host, fewer.setting), torch.no_grad():
-        theirs = adoption.host_inputs(processor, raw, torch.float32)
+        theirs = adoption.host_inputs(processor, raw, host)
         assert torch.equal(ours["input_ids"], theirs["input_ids"])
         torch.testing.assert_close(model(**ours).logits, host(**theirs).logits)
         alone = tiny_hosts.inputs(processor, [raw], budget)
@@ -186,7 +186,7 @@ def test_an_image_of_fewer_tiles_is_the_hosts_own_with_those(adopted: Any, famil
             expected = host(**adoption.oracle_inputs(model, host, reduced, theirs)).logits
             torch.testing.assert_close(model(**reduced).logits, expected)
     with torch.no_grad():
-        expected = host(**adoption.host_inputs(processor, raw, torch.float32)).logits
+        expected = host(**adoption.host_inputs(processor, raw, host)).logits
         torch.testing.assert_close(model(**whole).logits, expected)
 
 

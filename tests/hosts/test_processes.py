@@ -80,7 +80,7 @@ def test_a_gated_host_trains_alike_on_two_processes_and_stays_itself_at_full(
     original, raw = tiny_hosts.load(host, "llava", torch.float32), tiny_hosts.image(seed=9)
     model, processor = mllm.load(out)
     with torch.no_grad():
-        logits = original(**adoption.host_inputs(processor, raw, torch.float32)).logits
+        logits = original(**adoption.host_inputs(processor, raw, original)).logits
         assert torch.equal(model(**tiny_hosts.inputs(processor, [raw])).logits, logits)
 
 

@@ -130,7 +130,7 @@ def test_a_resized_image_is_the_hosts_own_at_that_setting(adopted: Any, family: 
     ours = tiny_hosts.inputs(processor, [image], budget)
     assert ours["scale_ids"].tolist() == [-1]  # it is the host's own answer, without the adapter
     keywords = processor.host.resizing.keywords(resolution.setting)
-    theirs = adoption.host_inputs(processor, image, torch.float32, images_kwargs=keywords)
+    theirs = adoption.host_inputs(processor, image, host, images_kwargs=keywords)
     assert torch.equal(ours["input_ids"], theirs["input_ids"])
     with torch.no_grad():
         assert torch.equal(model(**ours).logits, host(**theirs).logits)

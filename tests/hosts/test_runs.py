@@ -107,7 +107,7 @@ def test_a_trained_run_is_loaded_whole_and_at_full_is_the_host(tmp_path: Path) -
     original = tiny_hosts.load(host, "llava", torch.float32)
     raw = tiny_hosts.image(seed=7)
     with torch.no_grad():
-        expected = original(**adoption.host_inputs(processor, raw, torch.float32)).logits
+        expected = original(**adoption.host_inputs(processor, raw, original)).logits
         assert torch.equal(model(**tiny_hosts.inputs(processor, [raw])).logits, expected)
     with pytest.raises(ValueError, match="is a model on a host, which is exported as it is; leave out scale"):
         export(tmp_path / "run", tmp_path / "exported", scale="image=4")
@@ -202,7 +202,7 @@ def test_an_adopted_host_trains_as_its_config_stands_and_comes_closer_to_itself(
     assert all(after[one] == before[one] for one in asked if "<=" in one)
     original, raw = tiny_hosts.load(host, family, torch.float32), tiny_hosts.medium(family, seed=9)
     with torch.no_grad():
-        expected = original(**adoption.host_inputs(processor, raw, torch.float32)).logits
+        expected = original(**adoption.host_inputs(processor, raw, original)).logits
         assert torch.equal(model(**tiny_hosts.inputs(processor, [raw])).logits, expected)
     export("runs/adopted", "exported")
     with torch.no_grad():

@@ -166,7 +166,7 @@ def test_training_at_points_sees_images_smaller(run: Path, tmp_path: Path) -> No
     original = tiny_hosts.load(str(run.parent / "host"), "idefics3", torch.float32)
     smaller = processor.host.resizing.keywords(24)
     with torch.no_grad():
-        expected = original(**host_inputs(processor, raw, torch.float32, images_kwargs=smaller)).logits
+        expected = original(**host_inputs(processor, raw, original, images_kwargs=smaller)).logits
         assert torch.equal(model(**tiny_hosts.inputs(processor, [raw], "image<=9")).logits, expected)
     sandwich = {"mode": "sandwich", "distill_weight": 1.0, "max_image_tokens": [9]}
     mllm.train({**config, "sampler": sandwich, "train": {**config["train"], "out": str(tmp_path / "sandwich")}})

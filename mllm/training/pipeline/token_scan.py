@@ -404,7 +404,11 @@ def _extent(part: Media, sample: Sample, processor: ElasticProcessor) -> Extent:
         frames = processor.sampling[part.medium].count if part.medium in processor.sampling else 1
         return Extent(part.medium, grid=facts.grid, num_images=frames)
     assert facts.frames_per_second is not None
-    frames = round(_seconds(part, sample, processor.limits) * facts.frames_per_second)
+    seconds = _seconds(part, sample, processor.limits)
+    if processor.host is not None and processor.host.family.clips is not None:
+        frames = processor.host.family.clips.num_tokens(seconds)
+    else:
+        frames = round(seconds * facts.frames_per_second)
     return Extent(part.medium, num_frames=frames, frames_per_second=facts.frames_per_second)
 
 
