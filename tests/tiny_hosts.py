@@ -847,3 +847,15 @@ def without_adapter(model: Any) -> Iterator[None]:
     yield
     for one, before in zip(loras, kept, strict=True):
         one.data.copy_(before)
+
+
+def cached_and_whole(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of three new tokens, made one by one and in one pass."""
+    made = model.generate(
+        **inputs, max_new_tokens=3, do_sample=False, eos_token_id=None, output_logits=True, return_dict_in_generate=True
+    )
+    new = made.sequences[:, inputs["input_ids"].shape[1] :]
+    ids = torch.cat([inputs["input_ids"], new[:, :2]], dim=1)
+    with torch.no_grad():
+        whole = model(**{**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[0, -3:]
+    return torch.cat(made.logits), whole

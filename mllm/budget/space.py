@@ -15,7 +15,7 @@ from typing import Literal
 from mllm.budget.grammar import MEDIA, Amount, Budget
 from mllm.budget.nesting import haar_grids
 from mllm.budget.resolution import Resizing, Resolution
-from mllm.budget.tiling import Size, Tiles, Tiling
+from mllm.budget.tiling import Size, Tiles, Tiling, largest_map, map_of
 
 Compression = Literal["query", "pool", "stack", "hybrid"]
 NONE = Amount("none")
@@ -95,8 +95,9 @@ class MediumSpace:
     window on a stream) or a hybrid compressor's largest count, `window_frames` the window of a query compressor on a
     stream. With `order` haar a grid has only the counts of whole maps, see `haar_grids`. `tiling` says how images are
     cut; `frame_counts` are the trained numbers of frames of a video whose frames are images, largest first. `resizing`
-    tells how images are seen smaller, where they can be. With `with_none` requests were also trained without the
-    medium, where they hold another one; `trained` does not list that.
+    tells how images are seen smaller, where they can be. With `whole_maps` the pooled tokens of an image form a map of
+    equal rows: a count that forms none is refused, and a rate gives the largest map within it. With `with_none`
+    requests were also trained without the medium, where they hold another one; `trained` does not list that.
     """
 
     medium: str
@@ -110,6 +111,7 @@ class MediumSpace:
     frame_counts: tuple[int, ...] = ()
     resizing: Resizing | None = None
     with_none: bool = False
+    whole_maps: bool = False
 
     @property
     def choices(self) -> tuple[Amount, ...]:
@@ -243,6 +245,12 @@ class MediumSpace:
             if amount.value not in counts:
                 whole = ", ".join(map(str, counts))
                 raise ValueError(f"{self.medium}={amount} is no whole grid in Haar order: allowed are counts {whole}")
+        if self.whole_maps:
+            assert extent.grid is not None
+            try:
+                map_of(int(amount.value), extent.grid)
+            except ValueError as error:
+                raise ValueError(f"{self.medium}={amount} cannot be met: {error}") from error
         return TokenCount(int(amount.value))
 
     def _count_grid_at_rate(self, rate: int, extent: Extent) -> TokenCount:
@@ -251,7 +259,11 @@ class MediumSpace:
             raise ValueError(
                 f"{self.medium}=/{rate}: an image of {extent.length} features is too small, it would leave no token"
             )
-        return TokenCount(extent.length // rate, rate)
+        tokens = extent.length // rate
+        if self.whole_maps:
+            assert extent.grid is not None
+            tokens = largest_map(tokens, extent.grid)
+        return TokenCount(tokens, rate)
 
     def _count_stream(self, amount: Amount, extent: Extent) -> TokenCount:
         frames, value = extent.num_frames, int(amount.value)

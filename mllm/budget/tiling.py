@@ -13,6 +13,7 @@ all tiles together before any is pooled, cuts off what lies over padding, scales
 itself, with a newline behind each row: LLaVA-OneVision's order, at every number of tokens.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -199,10 +200,18 @@ def map_of(count: int, grid: Size) -> Size:
     most = grid[0] * grid[1]
     if 1 <= count <= most and count % (rows := pooled_rows(count, grid)) == 0:
         return rows, count // rows
-    good = [n for n in range(1, most + 1) if n % pooled_rows(n, grid) == 0]
-    near = sorted(sorted(good, key=lambda n: abs(n - count))[:12]) if len(good) > 40 else good
-    words = "the nearest that do" if len(good) > 40 else "those that do"
-    raise ValueError(f"{count} tokens per tile form no map of equal rows; {words}: {', '.join(map(str, near))}")
+    by_distance = sorted(range(1, most + 1), key=lambda n: abs(n - count))
+    near = list(itertools.islice((n for n in by_distance if n % pooled_rows(n, grid) == 0), 41))
+    words, near = ("those that do", near) if len(near) <= 40 else ("the nearest that do", near[:12])
+    raise ValueError(
+        f"{count} tokens of {grid[0]} x {grid[1]} features form no map of equal rows; {words}: "
+        f"{', '.join(map(str, sorted(near)))}"
+    )
+
+
+def largest_map(most: int, grid: Size) -> int:
+    """Return the largest count of at most `most`, from 1 on, whose pooled tokens of a grid form a map; see `map_of`."""
+    return next(count for count in range(most, 0, -1) if count % pooled_rows(count, grid) == 0)
 
 
 @lru_cache(maxsize=4096)

@@ -16,7 +16,7 @@ from mllm.config.medium import FramesConfig, HybridConfig, ImageEncoderConfig, M
 from mllm.config.model import LoraBankConfig, ModelConfig, MomeConfig
 from mllm.config.space import space_of
 from mllm.encoders import EncoderFacts, encoder_facts
-from mllm.hosts import host_facts
+from mllm.hosts import HOSTS, host_facts
 
 
 def resolve(
@@ -37,6 +37,7 @@ def resolve(
     for medium in model.encoded_media:
         if model.host is not None:
             _check_full(medium, media[medium], host_facts(encoder_configs[medium]))
+            _check_positions(medium, media[medium], encoder_configs[medium].model_type)
             continue
         facts = encoder_facts(encoder_configs[medium], media[medium].encoder)
         media[medium] = _resolve_medium(media[medium], facts, out_size=int(text_config.hidden_size))
@@ -62,6 +63,21 @@ def _check_full(medium: str, block: Any, facts: EncoderFacts) -> None:
     if str(block.amounts[0]) != full:
         raise ValueError(
             f"model.{medium}.budgets begins with {block.amounts[0]}; the largest must be the host's full budget, {full}"
+        )
+
+
+def _check_positions(medium: str, block: Any, model_type: str) -> None:
+    """Refuse to choose positions of three dimensions for a host that has none.
+
+    Raises:
+        ValueError: naming the families that have them.
+    """
+    positions = getattr(block, "positions", None)
+    if positions is not None and not HOSTS[model_type].has_grid_positions:
+        allowed = ", ".join(name for name, family in HOSTS.items() if family.has_grid_positions)
+        raise ValueError(
+            f"model.{medium}.positions is {positions}, but those of a {model_type} have one dimension; leave it out. "
+            f"They have three in {allowed}"
         )
 
 

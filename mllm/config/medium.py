@@ -404,6 +404,9 @@ class ImageConfig(MediumConfig):
     included; rates, e.g. ["/1", "/4"], for a model.host whose images keep their shape."""
     tiling: Any = field(default=None, metadata=kinds(TILINGS, default="pinpoints"))
     """Cuts images of any resolution into tiles; each image is squeezed into one when left out."""
+    positions: Literal["original", "grid"] | None = None
+    """Says where pooled tokens stand, for a model.host whose positions have three dimensions: at the mean of what they
+    were pooled of (original, when left out), or as those of an image that small (grid)."""
     span: list[str] = field(default_factory=list)
     """Names the tokens before and after an image's, e.g. ["<image>", "</image>"]; none when empty. Those that the LLM's
     tokenizer does not know get embedding rows of their own, which learn with the compressors."""

@@ -245,6 +245,8 @@ class ModelConfig:
                 raise ConfigError(f"{medium}.encoder", "is missing")
             if isinstance(block.projector, NoProjectorConfig):
                 raise ConfigError(f"{medium}.projector.kind", "is none, which goes with model.host alone")
+            if getattr(block, "positions", None) is not None:
+                raise ConfigError(f"{medium}.positions", f"is {block.positions}, which goes with model.host alone")
         if isinstance(self.adapter, GatedLoraConfig):
             raise ConfigError("adapter.kind", "is gated_lora, which goes with model.host alone")
 

@@ -44,6 +44,7 @@ def medium_space(medium: str, block: MediumConfig) -> MediumSpace:
         order=getattr(compressor, "order", "raster"),
         tiling=tiling_of(block) if isinstance(block, ImageConfig) else None,
         with_none=block.with_none,
+        whole_maps=isinstance(block, ImageConfig) and block.positions == "grid",
     )
 
 

@@ -3,7 +3,8 @@
 Text counts on in all three at once. An image has one time, and the rows and columns of its grid, all from where the
 text before it ended; the text behind it begins after the longer side of the grid. A pooled token stands at the mean of
 the positions of what it was pooled of, rounded down, and the text behind keeps its positions: a budget moves nothing,
-and at the full one every position is the host's own.
+and at the full one every position is the host's own. Or pooled tokens are given the grid that they form themselves, and
+stand as those of an image that small.
 
 Positions are said once per prompt, as a table by the number of a token in its row. Beyond the table's end they count on
 in all dimensions. So a decoder that is somewhere in an answer needs a table of one entry.

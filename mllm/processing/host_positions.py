@@ -8,17 +8,21 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from mllm.budget.tiling import map_of
 from mllm.hosts.positions import PlacedImage, position_table, row_positions
 from mllm.processing.batch import EncodedSample, Expanded
 
 
-def position_inputs(rows: Sequence[EncodedSample], expanded: Expanded, placeholder_id: int) -> dict[str, Tensor]:
+def position_inputs(
+    rows: Sequence[EncodedSample], expanded: Expanded, placeholder_id: int, *, whole_maps: bool
+) -> dict[str, Tensor]:
     """Make `prompt_positions` (B, P, 3) of expanded rows; nothing where no row has an image, and all count up alone.
 
     Args:
         rows: of the batch that was expanded, once for all its budgets.
         expanded: rows budget by budget.
         placeholder_id: of images.
+        whole_maps: pooled tokens stand as those of an image that small, and so does the text behind them.
     """
     if not any(row.spans for row in rows):
         return {}
@@ -29,6 +33,6 @@ def position_inputs(rows: Sequence[EncodedSample], expanded: Expanded, placehold
         for span, count in zip(rows[number % len(rows)].spans, counts, strict=True):
             grid = span.grid_of(count)
             assert grid is not None
-            images.append(PlacedImage(grid, count.tokens))
+            images.append(PlacedImage(map_of(count.tokens, grid) if whole_maps else grid, count.tokens))
         tables.append(row_positions(ids[number][masks[number]].tolist(), placeholder_id, images))
     return {"prompt_positions": position_table(tables)}

@@ -561,7 +561,10 @@ class ElasticProcessor(ProcessorCalls):
         if self.shares_lengths and not left_padding:
             expanded.inputs["attention_mask"].fill_(1)
         if self.host is not None and self.host.family.has_grid_positions:
-            expanded.inputs.update(position_inputs(batch.rows, expanded, self.host.placeholder_id))
+            whole_maps = self.space.media["image"].whole_maps
+            expanded.inputs.update(
+                position_inputs(batch.rows, expanded, self.host.placeholder_id, whole_maps=whole_maps)
+            )
         return expanded
 
     @property

@@ -53,9 +53,11 @@ def test_grids_are_those_of_the_pooling(grid: tuple[int, int]) -> None:
 def test_counts_without_a_map_are_refused_with_those_that_have_one() -> None:
     assert map_of(576, GRID) == (24, 24)
     assert map_of(25, GRID) == (5, 5)
-    with pytest.raises(ValueError, match=r"7 tokens per tile form no map of equal rows; the nearest that do: .*6.*9"):
+    with pytest.raises(
+        ValueError, match=r"^7 tokens of 24 x 24 features form no map of equal rows; the nearest .*6.*9"
+    ):
         map_of(7, GRID)
-    with pytest.raises(ValueError, match=r"image=7 cannot be met: 7 tokens per tile"):
+    with pytest.raises(ValueError, match=r"image=7 cannot be met: 7 tokens of 24 x 24 features"):
         count_tokens([extent((480, 640))], Budget.parse("image=7"), space())
 
 

@@ -9,7 +9,6 @@ import pytest
 import tiny_hosts
 import torch
 import transformers as hf
-from torch import Tensor
 
 from mllm.budget import Budget
 from mllm.checkpoints import adoption
@@ -118,28 +117,16 @@ def test_a_full_row_of_a_mixed_training_batch_has_no_gradient(adopted: Any, fami
     assert all(gradient.any() for gradient in of_reduced)
 
 
-def cached_and_whole(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Logits of three new tokens, made one by one and in one pass."""
-    made = model.generate(
-        **inputs, max_new_tokens=3, do_sample=False, eos_token_id=None, output_logits=True, return_dict_in_generate=True
-    )
-    new = made.sequences[:, inputs["input_ids"].shape[1] :]
-    ids = torch.cat([inputs["input_ids"], new[:, :2]], dim=1)
-    with torch.no_grad():
-        whole = model(**{**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[0, -3:]
-    return torch.cat(made.logits), whole
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_decoding_equals_a_pass_without_a_cache(adopted: Any, family: str) -> None:
     model, processor, _host = adopted(family)
     raw, budgets = tiny_hosts.medium(family), reduced_budgets(processor)
     # At full both are the host's own. Linear attention reads a prompt in chunks and what follows token by token, and
     # the library's two ways may differ there by more than the last digits of a product.
-    cached, whole = cached_and_whole(model, tiny_hosts.inputs(processor, [raw]))
+    cached, whole = tiny_hosts.cached_and_whole(model, tiny_hosts.inputs(processor, [raw]))
     atol = max(2e-5, 2 * float((cached - whole).abs().max())) if family in LINEAR else 2e-5
     assert atol < 2e-4
-    cached, whole = cached_and_whole(model, tiny_hosts.inputs(processor, [raw], budgets[0]))
+    cached, whole = tiny_hosts.cached_and_whole(model, tiny_hosts.inputs(processor, [raw], budgets[0]))
     torch.testing.assert_close(cached, whole, rtol=1e-4, atol=atol)
 
 

@@ -1,5 +1,8 @@
 """Images of hosts that keep their shape: grids, positions in three dimensions, and prompts read in parts."""
 
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,13 +11,20 @@ import tiny_hosts
 import torch
 from PIL import Image
 
-from mllm.budget import Amount, Budget, Extent, TokenCount
+import mllm
+from mllm.budget import Amount, Budget, Extent, Space, TokenCount
+from mllm.budget.tiling import map_of
+from mllm.checkpoints.build import build
+from mllm.checkpoints.load import save_run
+from mllm.config.model import ModelConfig
+from mllm.config.reading import read
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.hosts.positions import PlacedImage, look_up, position_table, row_positions
 from mllm.hosts.rows import RowBreaks, in_rows, row_sizes, without_breaks
 from mllm.inference.answerer import Answerer
 from mllm.inference.decoding import Decoding
 from mllm.kv_cache.names import cache_argument
+from mllm.model.trainables import set_trainables
 from mllm.processing.batch import EncodedSample, MediaSpan, num_prompt_tokens
 from mllm.processing.media_inputs import HostView
 from mllm.serving.answering import AnswerRules, AnswerRun
@@ -104,6 +114,84 @@ def test_positions_at_full_are_those_of_the_host(adopted: Any, family: str) -> N
     assert torch.equal(ours[:, mask.bool()], theirs[:, mask.bool()])
     behind = mask.sum(dim=1, keepdim=True) + 5
     assert torch.equal(look_up(inputs["prompt_positions"], behind)[0], behind + deltas)
+
+
+def on_grids(processor: Any) -> Any:
+    """The same processor, whose pooled tokens stand as those of a small image."""
+    other = copy(processor)
+    space = processor.space.media["image"]
+    other.space = Space({"image": replace(space, whole_maps=True)})
+    return other
+
+
+@pytest.mark.parametrize("family", GRID_POSITIONS)
+def test_on_grids_pooled_tokens_stand_as_the_host_has_those_of_an_image_that_small(adopted: Any, family: str) -> None:
+    model, original, host = adopted(family)
+    processor = on_grids(original)
+    images = [tiny_hosts.image(*size) for size in SIZES]
+    rows = [images[:2], images[2:]]
+    assert torch.equal(*(expanded(one, rows, ["", ""])["prompt_positions"] for one in (original, processor)))
+    inputs = expanded(processor, rows, ["image=/4", "image=6"], left=False)
+    mask, space = inputs["attention_mask"], processor.space.media["image"]
+    shown = [
+        map_of(space.count(Amount.parse(amount), Extent("image", grid=grid)).tokens, grid)
+        for amount, grid in zip(("/4", "/4", "6"), (processor.host(image).grid for image in images), strict=True)
+    ]
+    theirs, deltas = host.model.get_rope_index(
+        input_ids=inputs["input_ids"],
+        mm_token_type_ids=(inputs["input_ids"] == processor.host.placeholder_id).long(),
+        image_grid_thw=torch.tensor([[1, 2 * rows, 2 * columns] for rows, columns in shown]),
+        attention_mask=mask,
+    )
+    ours = look_up(inputs["prompt_positions"], mask.cumsum(dim=1) - 1)
+    assert torch.equal(ours[:, mask.bool()], theirs[:, mask.bool()])
+    behind = mask.sum(dim=1, keepdim=True) + 5
+    assert torch.equal(look_up(inputs["prompt_positions"], behind)[0], behind + deltas)
+    # A token that is written later goes on from there, with a cache as without one.
+    cached, whole = tiny_hosts.cached_and_whole(model, expanded(processor, [images[:1]], ["image=/4"]))
+    torch.testing.assert_close(cached, whole, rtol=1e-4, atol=2e-4)
+
+
+def test_on_grids_a_count_is_a_whole_map_and_a_rate_the_largest_within_it(adopted: Any) -> None:
+    space = on_grids(adopted("qwen3_vl")[1]).space.media["image"]
+    for tokens in (5, 7, 11):
+        message = f"^image={tokens} cannot be met: {tokens} tokens of 4 x 6 features form no map of equal rows; those "
+        with pytest.raises(ValueError, match=message):
+            space.count(Amount.parse(str(tokens)), Extent("image", grid=(4, 6)))
+    assert space.count(Amount.parse("6"), Extent("image", grid=(4, 6))).tokens == 6
+    for grid in [(4, 6), (5, 7), (15, 19), (40, 31), (44, 23), (3, 50)]:
+        for rate in (1, 2, 4, 16):
+            extent = Extent("image", grid=grid)
+            if extent.length < rate:
+                continue
+            tokens = space.count(Amount.parse(f"/{rate}"), extent).tokens
+            rows, columns = map_of(tokens, grid)
+            assert rows * columns == tokens <= extent.length // rate
+            assert tokens > extent.length // rate - 2 * max(rows, columns)  # short by about a row
+
+
+def test_where_pooled_tokens_stand_is_a_setting_that_is_kept(tmp_path: Path) -> None:
+    folder = tiny_hosts.write("qwen2_vl", tmp_path / "host")
+    block = {"budgets": ["/1", "/4"], "positions": "grid"}
+    adapter = {"kind": "gated_lora", "rank": 2, "alpha": 4}
+    model, processor = build(read(ModelConfig, {"host": folder, "image": block, "adapter": adapter}, path="model"))
+    set_trainables(model)
+    save_run(model, processor, tmp_path / "run")
+    raw = tiny_hosts.image(64, 24)
+    inputs = [tiny_hosts.inputs(one, [raw], "image=/4") for one in (processor, mllm.load(tmp_path / "run")[1])]
+    assert torch.equal(inputs[0]["prompt_positions"], inputs[1]["prompt_positions"])
+    rows, columns = map_of(int(inputs[0]["num_image_tokens"]), processor.host(raw).grid)
+    placeholders = (inputs[0]["input_ids"] == processor.host.placeholder_id)[0]
+    _, down, across = inputs[0]["prompt_positions"][0, placeholders].T
+    assert (int(down.max() - down.min()), int(across.max() - across.min())) == (rows - 1, columns - 1)
+    other = tiny_hosts.write("llava", tmp_path / "llava")
+    with pytest.raises(
+        ValueError,
+        match=r"^model\.image\.positions is grid, but those of a llava have one dim.* in qwen2_vl, ",
+    ):
+        build(read(ModelConfig, {"host": other, "image": {"budgets": [36, 4], "positions": "grid"}}, path="model"))
+    with pytest.raises(ValueError, match=r"^model\.image\.positions is grid, which goes with model\.host alone$"):
+        read(ModelConfig, {"llm": "y", "image": {"encoder": "z", "budgets": [4], "positions": "grid"}}, path="model")
 
 
 def test_a_pooled_token_stands_at_the_mean_of_its_patches_and_moves_no_text() -> None:
