@@ -39,7 +39,8 @@ def _tell(settings: Settings, results: "Results") -> int:
     _show_speech(results)
     _show_benchmarks(settings, results)
     for media, text in results.routing.items():
-        console().print(f"auto about {media}, beside fixed budgets: {text}", soft_wrap=True)
+        break_before = "\n" if text.startswith("|") else " "
+        console().print(f"auto about {media}, beside fixed budgets:{break_before}{text}", soft_wrap=True)
     for note in cut_notes(results.rows, settings.max_new_tokens):
         console().print(note, soft_wrap=True)
     console().print(f"written to {settings.output_folder}")

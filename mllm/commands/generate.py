@@ -160,4 +160,5 @@ def _line(result: "AnsweredRequest | RefusedRequest") -> dict[str, Any]:
         "prompt_tokens": answer.num_prompt_tokens,
         "new_tokens": answer.num_new_tokens,
         "is_cut": answer.is_cut,
+        "num_discarded": len(answer.discarded),
     }

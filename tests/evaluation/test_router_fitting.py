@@ -142,6 +142,16 @@ def test_python_and_generate_take_the_same_router(folder: Path, capsys: pytest.C
     said = capsys.readouterr()
     assert said.out.strip() == answer.text
     assert f"soft tokens: image {answer.tokens['image']} at {answer.budget}" in said.err
+    grown = Answerer(model, processor, router=router).answer(
+        QUESTIONS["colour"], image=folder / "0.png", budget="auto,price=0"
+    )
+    request = {"image": "0.png", "text": QUESTIONS["colour"], "budget": "auto,price=0"}
+    (folder / "list.jsonl").write_text(json.dumps(request) + "\n")
+    words = ["generate", "--model", str(folder / "run"), "--inputs", str(folder / "list.jsonl"), "--use_cpu"]
+    assert main(words) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert (line["answer"], line["budget"]) == (grown.text, str(grown.budget))
+    assert (line["tokens"], line["num_discarded"]) == (grown.tokens, len(grown.discarded))
 
 
 def test_media_that_a_router_has_seen_are_known_under_any_path(
