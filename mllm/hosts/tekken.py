@@ -55,12 +55,15 @@ def tekken_template(source: str) -> str:
         source: folder or hub name of a host.
 
     Raises:
-        ValueError: mistral-common is not installed, or makes no prompts with audio of this file.
+        ValueError: mistral-common is not installed, cannot be used, or makes no prompts with audio of this file.
         OSError: there is no tekken file.
     """
     check_library()
-    from mistral_common.exceptions import MistralCommonException
-    from mistral_common.integrations.chat_templates.chat_templates import convert_tokenizer_to_chat_template
+    try:
+        from mistral_common.exceptions import MistralCommonException
+        from mistral_common.integrations.chat_templates.chat_templates import convert_tokenizer_to_chat_template
+    except ImportError as error:  # one that lacks a package, or that is too old to write templates
+        raise ValueError(f"mistral-common cannot be used, {error}: {install_line('voxtral')}") from error
 
     path = tekken_file(source)
     try:

@@ -1,9 +1,12 @@
 """Prompts and features of a Voxtral are those of mistral-common, which a run on one does without."""
 
 import base64
+import importlib
 import importlib.util
 import io
 import json
+import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +21,7 @@ import torch
 import transformers as hf
 
 import mllm
+from mllm.budget import Budget
 from mllm.checkpoints import adoption
 from mllm.checkpoints.load import save_run
 from mllm.data.manifest import Media, Message, Sample, Text
@@ -31,6 +35,7 @@ TEXTS = [
     *("[INST] [AUDIO] </s> <pad>[/INST]", "<SPECIAL_20>", "don't\n"),
 ]
 """What people write, also what looks like special tokens."""
+ROOT = Path(mllm.__file__).parent.parent
 HAS_LIBRARY = importlib.util.find_spec("mistral_common") is not None
 
 
@@ -85,6 +90,22 @@ def test_the_fast_tokenizer_gives_the_ids_of_the_library(adopted: Any) -> None:
         assert processor.tokenizer.decode(ids) == library.decode(ids) == text
     names = ("bos", "eos", "pad", "unk")
     assert [getattr(processor.tokenizer, f"{one}_token_id") for one in names] == [1, 2, 11, 0]
+
+
+@pytest.mark.slow
+def test_the_fast_tokenizer_gives_the_ids_of_the_library_with_a_whole_vocabulary(tmp_path: Path) -> None:
+    tiny_hosts.require("voxtral")
+    library = importlib.import_module("mistral_common")
+    tekken = importlib.import_module("mistral_common.tokens.tokenizers.tekken")
+    shutil.copy(Path(library.__file__).parent / "data" / "tekken_240911.json", tmp_path / "tekken.json")
+    expected = tekken.Tekkenizer.from_file(tmp_path / "tekken.json")
+    backend = read_tekken_tokenizer(str(tmp_path)).backend_tokenizer
+    backend.encode_special_tokens = True
+    rng, scripts = random.Random(0), ((32, 127), (0xA0, 0x500), (0x900, 0x980), (0x3000, 0x9FFF), (0x1F300, 0x1F700))
+    signs = [chr(rng.randrange(*rng.choice(scripts))) if rng.random() < 0.8 else " " for _ in range(20_000)]
+    pages = [(ROOT / name).read_text() for name in ("README.md", "docs/adopt.md")]
+    for text in (*TEXTS, *("".join(signs[start : start + 60]) for start in range(0, len(signs), 60)), *pages):
+        assert backend.encode(text, add_special_tokens=False).ids == expected.encode(text, bos=False, eos=False)
 
 
 @pytest.mark.parametrize("text", TEXTS[:-3])
@@ -143,6 +164,27 @@ def test_clips_are_heard_in_whole_windows_and_counted_by_their_length(
         assert torch.equal(model(**ours).logits, host(**theirs).logits)
 
 
+def test_clips_of_different_numbers_of_windows_share_a_batch_and_answer_as_alone(adopted: Any) -> None:
+    model, processor, _host = adopted("voxtral")
+    rows, budgets = [[clip(1.0)], [clip(31.0, seed=1), clip(2.0, seed=2)], [clip(61.0, seed=3)]], ["", "/4", "/2"]
+    messages = [Message("user", (*[Media("audio", "x")] * len(row), Text("what?"))) for row in rows]
+    batch = processor.batch(
+        [Sample(f"row{number}", (message,), task="test") for number, message in enumerate(messages)],
+        [[processor.transform("audio", Audio(one, 16_000)) for one in row] for row in rows],
+        for_training=False,
+    )
+    wanted = [Budget.parse(f"audio={one}" if one else "") for one in budgets]
+    together = processor.expand(batch, [wanted], left_padding=True).inputs
+    assert together["num_audio_tokens"].tolist() == [375, 187, 93, 562]
+    with torch.no_grad():
+        logits = model(**together).logits[:, -1]
+        alone = [
+            model(**processor(text=["what?"], audio=[[(one, 16_000) for one in row]], budget=str(budget))).logits[0, -1]
+            for row, budget in zip(rows, wanted, strict=True)
+        ]
+    torch.testing.assert_close(logits, torch.stack(alone), rtol=1e-4, atol=2e-5)
+
+
 @pytest.mark.slow
 def test_a_run_on_a_voxtral_needs_the_library_no_more(adopted: Any, tmp_path: Path) -> None:
     model, processor, _host = adopted("voxtral")
@@ -158,7 +200,7 @@ def test_a_run_on_a_voxtral_needs_the_library_no_more(adopted: Any, tmp_path: Pa
         "inputs = processor(text=['what is this?'], audio=audio, budget='audio=/2')\n"
         f"torch.save(model(**inputs).logits, {str(tmp_path / 'logits.pt')!r})\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(mllm.__file__).parent.parent)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
     with torch.no_grad():
         expected = model(**tiny_hosts.inputs(processor, [samples], "audio=/2")).logits
     assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
