@@ -31,6 +31,8 @@ TextForm = Literal["as_is", "lower", "words"]
 SPEECH_FORMATS = get_args(SpeechFormat)
 CONVERSATION_FORMATS = get_args(ConversationFormat)
 BENCHMARK_FORMATS = get_args(BenchmarkFormat)
+STREAM_FORMATS = ("webdataset", "parquet", "datasets")
+"""Those that can be read shard by shard."""
 TABLE_FORMATS = ("mmmu", "ai2d", "chartqa", "docvqa", "scienceqa")
 """Vision benchmarks that hubs hand out as tables."""
 

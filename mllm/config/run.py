@@ -13,7 +13,7 @@ import yaml
 
 from mllm.budget import MEDIA, Budget
 from mllm.budget.sampler import Mode, default_num_budgets
-from mllm.config.data import ReaderConfig, StreamConfig
+from mllm.config.data import STREAM_FORMATS, ReaderConfig, StreamConfig
 from mllm.config.model import ModelConfig, check_at_least
 from mllm.config.reading import plain, read
 from mllm.media import MediaLimits
@@ -55,8 +55,8 @@ class DataConfig:
     reader: ReaderConfig = field(default_factory=ReaderConfig)
     """Describes the form that all of these files are in."""
     stream: StreamConfig | None = None
-    """Reads `train` shard by shard while the run goes on, such as {} for the usual values: names of WebDataset tars, in
-    which * and {000..099} stand for many. Nothing is scanned first; train.max_steps says how long the run is."""
+    """Reads `train` shard by shard while the run goes on, such as {} for the usual values: tars or tables, in whose
+    names * and {000..099} stand for many. Nothing is scanned first; train.max_steps says how long the run is."""
     validation: list[str] = field(default_factory=list)
     """Lists manifests to validate on; without one there is no validation."""
     captions: list[str] = field(default_factory=list)
@@ -138,8 +138,9 @@ class DataConfig:
         Raises:
             ValueError: the first such key that is set.
         """
-        if self.reader.format != "webdataset":
-            raise ValueError(f"data.stream goes with data.reader.format webdataset, not {self.reader.format}")
+        if self.reader.format not in STREAM_FORMATS:
+            allowed = ", ".join(STREAM_FORMATS)
+            raise ValueError(f"data.stream goes with data.reader.format {allowed}, not {self.reader.format}")
         if self.features is not None:
             raise ValueError("data.features encodes all samples before the first step; leave it out with data.stream")
         for key in ("group_by_media", "share_media"):

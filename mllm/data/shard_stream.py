@@ -1,4 +1,4 @@
-"""Reads the samples of many tars one after the other, for ever, without listing them first.
+"""Reads the samples of many tars or tables one after the other, for ever, without listing them first.
 
     slot        one of `num_slots` streams that share the shards; every shard of an epoch is read by one of them
     unit        a shard; where there are fewer shards than slots, one of several parts of a shard, every n-th sample
@@ -8,7 +8,7 @@ The units of an epoch are shuffled by (seed, epoch), and slot s takes the units 
 the other. So no sample of an epoch is read twice or left out, no slot falls behind, and where a stream is says all that
 there is to know about it: it can begin anywhere.
 
-Knows tars and a seed. Does not know processes, batches or tokens.
+Knows files and a seed. Does not know processes, batches or tokens.
 """
 
 import glob
@@ -16,18 +16,20 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mllm.config.data import ReaderConfig
 from mllm.data.conversations import FORMS, ConversationReader
 from mllm.data.findings import Listing, first_lines
 from mllm.data.manifest import Sample
-from mllm.data.shards import sample_of_group, tar_groups
+from mllm.data.shards import tar_samples
 from mllm.data.skipped import SkippedSample
 from mllm.data.source_files import relative_to
+from mllm.data.tables import find_tables, table_samples
 from mllm.utils.random_generator import random_generator
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -35,6 +37,9 @@ _NESTED = re.compile(r"\{[^{}]*\{")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _WILD = re.compile(r"[*?\[]")
 MAX_SHARDS = 1_000_000
+SamplesOf = Callable[[Path, str, ConversationReader], Iterator[tuple[str, Callable[[], Sample]]]]
+"""Yields what a shard holds, in order: a name of each sample, and what makes it. Given the file, its path below the
+root, and what reads its rows."""
 
 
 class Position(NamedTuple):
@@ -54,31 +59,39 @@ class StreamedSample(NamedTuple):
 
 @dataclass(frozen=True)
 class Shards:
-    """Holds the tars of a stream, each once and in order.
+    """Holds the files of a stream, each once and in order.
 
     Args:
-        roots: by tar, the folder that its samples name their media from.
+        roots: by file, the folder that its samples name their media from.
+        samples_of: see `SamplesOf`.
     """
 
     roots: Mapping[Path, Path]
+    samples_of: SamplesOf
 
     @classmethod
-    def of(cls, names: Sequence[str], root: str | None) -> "Shards":
-        """Find the tars that names and patterns stand for, see `shard_files`; the root is that of `default_root` when
-        None.
+    def of(cls, names: Sequence[str], root: str | None, reader: ReaderConfig) -> "Shards":
+        """Find the files that names and patterns stand for.
+
+        Args:
+            names: files, folders, patterns (see `shard_files`), or of the format datasets data sets of a hub.
+            root: that of `default_root` when None.
+
+        Raises:
+            ValueError, OSError: as `shard_files` and `find_tables`; or a file that is named twice.
         """
         roots: dict[Path, Path] = {}
         for name in names:
-            for file in shard_files(name):
+            files, default = _found(name, reader)
+            for file in files:
                 if file in roots:
                     raise ValueError(f"data.train names {file} twice")
-                default = Path(name) if os.path.isdir(name) else file.parent
-                roots[file] = default if root is None else Path(root)
-        return cls(roots)
+                roots[file] = (default or file.parent) if root is None else Path(root)
+        return cls(roots, tar_samples if reader.format == "webdataset" else table_samples)
 
     @cached_property
     def files(self) -> list[Path]:
-        """List the tars."""
+        """List the files."""
         return list(self.roots)
 
     def facts(self) -> dict[str, Any]:
@@ -128,14 +141,14 @@ class Shards:
         An error that ends the whole shard counts as one sample behind those before it.
         """
         root, listing, row = self.roots[file], Listing(), 0
-        with listing.noting(file, None, "the rest of it is left out"), open(file, "rb") as stream:
-            relative, reader = relative_to(root, file), ConversationReader(root, tuple(FORMS))
-            for key, members in itertools.islice(tar_groups(stream), part, None, num_parts):
+        with listing.noting(file, None, "the rest of it is left out"):
+            samples = self.samples_of(file, relative_to(root, file), ConversationReader(root, tuple(FORMS)))
+            for name, make in itertools.islice(samples, part, None, num_parts):
                 if row >= first_row:
-                    with listing.noting(file, None, key):
-                        yield row, sample_of_group(key, members, stream, relative, reader)
+                    with listing.noting(file, None, name):
+                        yield row, make()
                     if listing.problems:
-                        yield row, _skipped(listing, key, epoch)
+                        yield row, _skipped(listing, name, epoch)
                 row += 1
         if listing.problems and row >= first_row:
             yield row, _skipped(listing, file.name, epoch)
@@ -147,24 +160,31 @@ def _skipped(listing: Listing, sample_id: str, epoch: int) -> SkippedSample:
     return SkippedSample(sample_id, epoch, "unusable", finding.path, str(finding))
 
 
+def _found(name: str, reader: ReaderConfig) -> tuple[list[Path], Path | None]:
+    """Return the shards that a name stands for, and the root of a folder."""
+    if "://" in name or name.startswith("pipe:"):
+        raise ValueError(f"data.train names {name!r}; nothing is fetched from the network: name files of a disk")
+    if reader.format == "webdataset":
+        if not os.path.isdir(name):
+            return shard_files(name), None
+        if not (files := sorted(Path(name).rglob("*.tar"))):
+            raise FileNotFoundError(f"data.train: the folder {name} holds no .tar")
+        return files, Path(name)
+    if os.path.isfile(name) or _BRACES.search(name) or _WILD.search(name):
+        return shard_files(name), None
+    return find_tables(Path(name), reader)
+
+
 def shard_files(name: str) -> list[Path]:
-    """Return the tars that a name stands for: a file, a folder of them, or a pattern.
+    """Return the files that a name stands for: itself, or those of a pattern.
 
     Args:
         name: `*`, `?` and `[...]` stand for what is there; {a,b} and {000..099} for names each of which must be there.
 
     Raises:
-        ValueError: an address on the network, braces inside braces, or a pattern that makes too many names.
-        FileNotFoundError: there is no such tar, or one of several is not there.
+        ValueError: braces inside braces, or a pattern that makes too many names.
+        FileNotFoundError: there is no such file, or one of several is not there.
     """
-    if "://" in name or name.startswith("pipe:"):
-        raise ValueError(
-            f"data.train names {name!r}; nothing is fetched from the network, name files of a mounted disk"
-        )
-    if os.path.isdir(name):
-        if not (files := sorted(Path(name).rglob("*.tar"))):
-            raise FileNotFoundError(f"data.train: the folder {name} holds no .tar")
-        return files
     files = []
     missing = []
     for one in [name] if os.path.isfile(name) else _expanded(name):

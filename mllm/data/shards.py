@@ -8,7 +8,8 @@ Knows members and where they lie. Does not decode media, unpack tars or unpickle
 
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -43,40 +44,34 @@ def read_webdataset(source: Path, root: Path) -> Listing:
     listing = Listing()
     reader = ConversationReader(root, tuple(FORMS))
     for file in files:
-        with listing.noting(file), open(file, "rb") as stream:
-            _read_tar(file, stream, relative_to(root, file), reader, listing)
+        with listing.noting(file):
+            for key, make in tar_samples(file, relative_to(root, file), reader):
+                with listing.noting(file, None, key):
+                    listing.samples.append(renumbered(make(), reader.times_seen))
     reader.log(source)
     return listing
 
 
-def _read_tar(file: Path, stream: Any, relative: str, reader: ConversationReader, listing: Listing) -> None:
-    for key, members in tar_groups(stream):
-        with listing.noting(file, None, key):
-            sample = sample_of_group(key, members, stream, relative, reader)
-            listing.samples.append(renumbered(sample, reader.times_seen))
-
-
-def tar_groups(stream: Any) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
-    """Yield the name of each sample of an open tar and the headers of its members, in order; nothing is kept.
-
-    Raises:
-        ValueError: it is no tar, or a compressed one.
-    """
-    for key, group in groupby(_members(stream), key=lambda member: _split(member.name)[0]):
-        yield key, list(group)
-
-
-def sample_of_group(
-    key: str, members: list[tarfile.TarInfo], stream: Any, relative: str, reader: ConversationReader
-) -> Sample:
-    """Make the sample of members of one name; its texts are read and its media named by where they lie.
+def tar_samples(file: Path, relative: str, reader: ConversationReader) -> Iterator[tuple[str, Callable[[], Sample]]]:
+    """Yield the name of each sample of a tar, in its order, and what reads the texts of the sample and makes it.
 
     Args:
-        relative: the path of the tar below the root.
+        relative: the path of the tar below the reader's root.
 
     Raises:
-        ValueError: the members are not those of one sample.
+        ValueError: it is no tar, or a compressed one; what is made raises one where its members are not those of one
+            sample.
+        OSError: it cannot be read.
     """
+    with open(file, "rb") as stream:
+        for key, group in groupby(_members(stream), key=lambda member: _split(member.name)[0]):
+            yield key, partial(_sample_of, key, list(group), stream, relative, reader)
+
+
+def _sample_of(
+    key: str, members: list[tarfile.TarInfo], stream: Any, relative: str, reader: ConversationReader
+) -> Sample:
+    """Make the sample of members of one name; its media are named by where they lie."""
     row, media = _taken(members, stream, relative, reader)
     return reader.sample_of(row, stated_id(row, key), media)
 

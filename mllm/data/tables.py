@@ -8,8 +8,9 @@ Knows columns, and which of them hold media. Does not decode media, and runs no 
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mllm.data.conversations import FORMS, ConversationReader
 from mllm.data.findings import Listing, renumbered
 from mllm.data.json_files import stated_id
 from mllm.data.json_lines import read_object
+from mllm.data.manifest import Sample
 from mllm.data.source_files import relative_to
 from mllm.data.table_files import Table, all_tables, is_table, named_splits, open_table, table_files
 from mllm.media.packed import packed_path
@@ -55,7 +57,9 @@ def read_parquet(source: Path, root: Path, config: ReaderConfig) -> Listing:
     reader = ConversationReader(root, tuple(FORMS))
     for file in _files(source, config.split):
         with listing.noting(file):
-            _read_table(file, relative_to(root, file), reader, listing)
+            for name, make in table_samples(file, relative_to(root, file), reader):
+                with listing.noting(file, None, name):
+                    listing.samples.append(renumbered(make(), reader.times_seen))
     reader.log(source)
     return listing
 
@@ -69,11 +73,27 @@ def read_datasets(source: Path, root: Path, config: ReaderConfig) -> Listing:
         FileNotFoundError: no such folder, and no name of a hub; or there is no table in it.
         OSError: the hub cannot be reached, or has no such data set.
     """
-    name = source.as_posix()
-    if source.exists() or not _HUB_NAME.fullmatch(name):
+    if not _is_of_hub(source):
         return read_parquet(source, root, config)
-    folder = _fetched(name)
+    folder = _fetched(source.as_posix())
     return read_parquet(folder, folder.parents[1], config)
+
+
+def find_tables(source: Path, config: ReaderConfig) -> tuple[list[Path], Path]:
+    """Return the tables of a folder, or of a data set of a hub, which is fetched first; and the folder that paths of
+    media in them are relative to by default.
+
+    Raises:
+        FileNotFoundError, OSError: as `read_datasets`.
+    """
+    if config.format != "datasets" or not _is_of_hub(source):
+        return _files(source, config.split), source
+    folder = _fetched(source.as_posix())
+    return _files(folder, config.split), folder.parents[1]
+
+
+def _is_of_hub(source: Path) -> bool:
+    return not source.exists() and _HUB_NAME.fullmatch(source.as_posix()) is not None
 
 
 def _fetched(name: str) -> Path:
@@ -110,18 +130,29 @@ def _files(source: Path, split: str | None) -> list[Path]:
         return all_tables(source)
 
 
-def _read_table(file: Path, relative: str, reader: ConversationReader, listing: Listing) -> None:
+def table_samples(file: Path, relative: str, reader: ConversationReader) -> Iterator[tuple[str, Callable[[], Sample]]]:
+    """Yield which row of a table it is, in order, and what makes its sample; media are not read.
+
+    Args:
+        relative: the path of the table below the reader's root.
+
+    Raises:
+        ValueError: it cannot be read; what is made raises one where a row is no sample.
+        ImportError: pyarrow is not installed.
+    """
     with open_table(file) as table:
         columns = list(_media_columns(table.schema, reader))
         plain = [name for name in table.schema.names if name not in {column.name for column in columns}]
         for number, (row, shapes) in enumerate(_rows(table, plain, columns)):
-            with listing.noting(file, None, f"row {number}"):
-                media: dict[str, list[str]] = {}
-                for column, shape in zip(columns, shapes, strict=True):
-                    media.setdefault(column.medium, []).extend(_paths(relative, number, column, shape))
-                row = {key: _unwritten(value, key) for key, value in row.items()}
-                sample = reader.sample_of(row, stated_id(row, f"{file.stem}-{number}"), media)
-                listing.samples.append(renumbered(sample, reader.times_seen))
+            media: dict[str, list[str]] = {}
+            for column, shape in zip(columns, shapes, strict=True):
+                media.setdefault(column.medium, []).extend(_paths(relative, number, column, shape))
+            yield f"row {number}", partial(_sample_of, row, f"{file.stem}-{number}", media, reader)
+
+
+def _sample_of(row: dict[str, Any], default_id: str, media: dict[str, list[str]], reader: ConversationReader) -> Sample:
+    row = {key: _unwritten(value, key) for key, value in row.items()}
+    return reader.sample_of(row, stated_id(row, default_id), media)
 
 
 def _unwritten(value: Any, key: str) -> Any:

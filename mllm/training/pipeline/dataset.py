@@ -77,7 +77,7 @@ def load_dataset(config: RunConfig, *, fits_captions: bool = True) -> TrainingDa
     if data.features is not None:
         check_folder(config)
     if data.stream is not None:
-        dataset.shards = Shards.of(data.train, data.root)
+        dataset.shards = Shards.of(data.train, data.root, data.reader)
     for name in ("train", "validation", *(["captions"] if fits_captions else [])):
         if (manifests := getattr(data, name)) and (name != "train" or dataset.shards is None):
             dataset.samples[name] = read_samples(manifests, data)
