@@ -301,13 +301,13 @@ class HostProcessor:
         """Call the processor on one medium item, at a setting of `resizing`; at its own where that is None."""
         processor, keywords = self.processor, {}
         if setting is not None and isinstance(self.resizing, TilesResizing):
-            processor = self.seeing(setting)
+            processor = self._seeing(setting)
         elif setting is not None:
             assert isinstance(self.resizing, HostResizing)
             keywords = {"images_kwargs": self.resizing.keywords(setting)}
         return processor(text=[self.media_token], **media, **keywords, return_tensors="pt", add_special_tokens=False)
 
-    def seeing(self, max_tiles: int) -> Any:
+    def _seeing(self, max_tiles: int) -> Any:
         """Return the processor as it would be if its images had at most so many tiles.
 
         It counts placeholders by what its image processor holds, whatever that is called with.

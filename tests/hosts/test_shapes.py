@@ -180,10 +180,12 @@ def test_where_pooled_tokens_stand_is_a_setting_that_is_kept(tmp_path: Path) -> 
     raw = tiny_hosts.image(64, 24)
     inputs = [tiny_hosts.inputs(one, [raw], "image=/4") for one in (processor, mllm.load(tmp_path / "run")[1])]
     assert torch.equal(inputs[0]["prompt_positions"], inputs[1]["prompt_positions"])
-    rows, columns = map_of(int(inputs[0]["num_image_tokens"]), processor.host(raw).grid)
-    placeholders = (inputs[0]["input_ids"] == processor.host.placeholder_id)[0]
-    _, down, across = inputs[0]["prompt_positions"][0, placeholders].T
-    assert (int(down.max() - down.min()), int(across.max() - across.min())) == (rows - 1, columns - 1)
+    for budget, most in (("image=/4", None), ("image=/4,image<=9", 9)):  # of what is seen, if that is less too
+        extent, ours = processor.image_extent((64, 24)), tiny_hosts.inputs(processor, [raw], budget)
+        count = processor.space.media["image"].count(Amount.parse("/4"), extent, max_image_tokens=most)
+        rows, columns = map_of(count.tokens, extent.grid if count.resolution is None else count.resolution.grid)
+        _, down, across = ours["prompt_positions"][0, (ours["input_ids"] == processor.host.placeholder_id)[0]].T
+        assert (int(down.max() - down.min()), int(across.max() - across.min())) == (rows - 1, columns - 1)
     other = tiny_hosts.write("llava", tmp_path / "llava")
     with pytest.raises(
         ValueError,
