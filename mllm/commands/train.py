@@ -20,8 +20,7 @@ class Settings(RunConfig):
     """Train a model over many budgets; start it with accelerate, torchrun or deepspeed to use several processes."""
 
     resume: str | None = None
-    """auto for the newest complete checkpoint of the run, or a fresh start where there is none; or the folder of one.
-    A fresh start when left out, which is refused where the folder of the run holds checkpoints."""
+    """Go on from the newest complete checkpoint (auto; from the start if there is none), or from the folder of one."""
     sources: dict[str, str] = field(default_factory=dict)
     """With resume: where frozen parts are now that were moved, e.g. --sources.llm /models/llm."""
     dry_run: bool = False

@@ -165,6 +165,7 @@ def test_names_and_patterns_of_shards(tmp_path: Path) -> None:
         tars(f"{tmp_path}/a-08.tar", f"{tmp_path}/a-*.tar")
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_samples(tmp_path: Path) -> None:
     write_texts(tmp_path, [50, 50])
     shards = tars(tmp_path)

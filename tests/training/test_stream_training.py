@@ -26,6 +26,7 @@ from mllm.training.pipeline.stream_batches import StreamBatches
 from mllm.training.run import build_model, build_trainer, launch, train
 from mllm.training.trainer import ElasticTrainer
 
+pytestmark = pytest.mark.slow
 NUM_SAMPLES = 12
 
 

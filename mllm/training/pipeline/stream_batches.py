@@ -28,6 +28,7 @@ from mllm.data.shard_stream import Position, Shards, StreamedSample
 from mllm.data.shared_media import parts_that_fit
 from mllm.data.skipped import MIN_SEEN, SkippedSample
 from mllm.training.pipeline.batches import RankSlots
+from mllm.utils.files import write_text_whole, writing
 from mllm.utils.random_generator import random_generator
 
 NUM_AT_ONCE = 64
@@ -81,33 +82,35 @@ class PoolNotes:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    def begin(self, slot: int, num_batches: int) -> tuple[int, Position | None]:
+        """Return how many batches come before the pool that so many lead into, and where it begins.
+
+        Later pools are forgotten: they may be others this time, where limits of files have changed.
+        """
+        file, kept = self._file(slot), []
+        # A line that a kill cut short has no end; it is of a pool that nothing was trained on.
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+        for line in (line for line in lines if line.endswith("}\n")):
+            if json.loads(line)["batches_before"] <= num_batches:
+                kept.append(line)
+        if not num_batches or not kept:
+            file.unlink(missing_ok=True)
+            return 0, None
+        write_text_whole(file, "".join(kept[:-1]))  # the last one is noted again
+        last = json.loads(kept[-1])
+        return last["batches_before"], Position(last["unit"], last["row"])
+
     def note(self, slot: int, num_batches: int, start: Position) -> None:
         """Note a pool, before the first of its batches is trained on."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self._file(slot), "a", encoding="utf-8") as file:
-            file.write(json.dumps({"batches_before": num_batches, "unit": start.unit, "row": start.row}) + "\n")
-
-    def last_before(self, slot: int, num_batches: int) -> tuple[int, Position | None]:
-        """Return how many batches come before the pool that so many lead into, and where it begins."""
-        best: tuple[int, Position | None] = (0, None)
-        for line in self._lines(slot):
-            if best[0] <= line["batches_before"] <= num_batches:
-                best = line["batches_before"], Position(line["unit"], line["row"])
-        return best
-
-    def clear(self, slot: int) -> None:
-        """Delete what an earlier run in this folder noted."""
-        self._file(slot).unlink(missing_ok=True)
+        line = {"batches_before": num_batches, "unit": start.unit, "row": start.row}
+        content = (json.dumps(line) + "\n").encode()
+        file_name = self._file(slot)
+        with writing(file_name, len(content)), open(file_name, "ab", buffering=0) as file:
+            file.write(content)
 
     def _file(self, slot: int) -> Path:
         return self.folder / f"slot-{slot:05d}.jsonl"
-
-    def _lines(self, slot: int) -> Iterator[dict[str, int]]:
-        if not self._file(slot).exists():
-            return
-        with open(self._file(slot), encoding="utf-8") as file:
-            # A line that a kill cut short has no end, and no pool of a checkpoint: batches of it were never trained on.
-            yield from (json.loads(line) for line in file if line.endswith("}\n"))
 
 
 class StreamBatches(Sampler[StreamedBatch]):
@@ -165,9 +168,7 @@ class StreamBatches(Sampler[StreamedBatch]):
 
     def _of_slot(self, slot: int, start_step: int) -> Iterator[StreamedBatch]:
         """Yield the batches of a slot, one per step; the next pool is read little by little meanwhile."""
-        if not start_step:
-            self.notes.clear(slot)
-        num_before, start = self.notes.last_before(slot, start_step)
+        num_before, start = self.notes.begin(slot, start_step)
         yield from repeat(StreamedBatch(), num_before)
         num_slots = self.slots.num_ranks * self.slots.accumulation
         samples = self.shards.samples(self.seed, slot=slot, num_slots=num_slots, start=start)
