@@ -15,7 +15,9 @@ import pytest
 from torch.utils.data import DataLoader, Dataset
 
 from mllm.data.skipped import TooManyBadSamples
+from mllm.training.interruption import STOPPING
 from mllm.training.pipeline.worker_errors import readable_errors
+from mllm.training.pipeline.worker_process import worker_options
 
 
 def too_many(index: int) -> Any:
@@ -72,13 +74,41 @@ def test_an_error_in_a_worker_reads_as_it_was_raised(
     assert not multiprocessing.active_children()
 
 
+class Numbers(Dataset[int]):
+    """Four numbers, in a module that a worker can import."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+SENT_AFTER_FORK: list[int] = []
+os.register_at_fork(after_in_child=lambda: [os.kill(os.getpid(), number) for number in SENT_AFTER_FORK])
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_signal_that_comes_while_a_worker_starts_leaves_it_alone(number: int) -> None:
+    """A scheduler sends it to all processes of a run, also in the moment before a worker knows what to do with it."""
+    loader = DataLoader(Numbers(), batch_size=None, **worker_options(2))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    SENT_AFTER_FORK.append(number)
+    try:
+        numbers = iter(loader)
+    finally:
+        SENT_AFTER_FORK.clear()
+    assert list(numbers) == [0, 1, 2, 3]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
 # A training process that is stuck, with a worker that is stuck as well. It never wakes up by itself.
 STALLS = """
 import sys, time
 from pathlib import Path
 from torch.utils.data import DataLoader, Dataset
 from mllm.training import watchdog
-from mllm.training.pipeline.worker_process import prepare_worker
+from mllm.training.pipeline.worker_process import worker_options
 from mllm.utils.activity import note_activity
 run, rank, minutes = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 watchdog.SECONDS_TO_TELL = 1.0
@@ -98,7 +128,7 @@ def wait_for_batches(loader):
 
 note_activity("waiting for the batches of step 12", ["row-3"])
 with watchdog.watched(run, rank=rank, minutes=minutes):
-    wait_for_batches(DataLoader(Clips(), num_workers=1, worker_init_fn=prepare_worker))
+    wait_for_batches(DataLoader(Clips(), **worker_options(1)))
 """
 
 

@@ -24,7 +24,7 @@ from mllm.processing.batch import check_length
 from mllm.processing.processor import ElasticProcessor, LoadedMedia
 from mllm.training.pipeline.batches import RankBatches, RankSlots
 from mllm.training.pipeline.token_scan import TokenScan
-from mllm.training.pipeline.worker_process import prepare_worker
+from mllm.training.pipeline.worker_process import worker_options
 from mllm.training.throughput import Stopwatch, TimedLoad
 from mllm.transforms.augmentation import Augmentation, TimeMask
 from mllm.transforms.noise import MixNoise
@@ -77,8 +77,7 @@ def train_loader(
         dataset,
         batch_sampler=batches,
         collate_fn=collator,
-        num_workers=config.num_workers,
-        worker_init_fn=prepare_worker,
+        **worker_options(config.num_workers),
     )
 
 
@@ -130,8 +129,7 @@ def validation_loader(
         dataset,
         batch_sampler=batches,
         collate_fn=collator,
-        num_workers=config.num_workers,
-        worker_init_fn=prepare_worker,
+        **worker_options(config.num_workers),
     )
     return loader, len(batches) - batches.num_repeated
 

@@ -29,7 +29,7 @@ from mllm.training.pipeline.token_scan import (
     measure_samples,
     target_report,
 )
-from mllm.training.pipeline.worker_process import prepare_worker
+from mllm.training.pipeline.worker_process import worker_options
 
 POOLS = "stream"
 """Folder of a run that says where its stream was; see `PoolNotes`."""
@@ -101,8 +101,7 @@ def stream_loader(
         StreamDataset(load, seed=batches.seed),
         batch_sampler=batches,  # pyright: ignore[reportArgumentType] (a batch of keys may be of any type)
         collate_fn=Collator(encode, skip_log=SkipLog(skipped, max_bad_fraction=config.max_bad_fraction)),
-        num_workers=config.num_workers,
-        worker_init_fn=prepare_worker,
+        **worker_options(config.num_workers),
     )
 
 

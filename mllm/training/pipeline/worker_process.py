@@ -7,16 +7,48 @@ samples but by a thread.
 Knows signals and threads. Does not know what is read.
 """
 
+import multiprocessing
 import os
 import signal
 import sys
 import threading
+from multiprocessing.context import BaseContext, DefaultContext
+from typing import Any
 
 from mllm.training.interruption import STOPPING
 from mllm.training.watchdog import stacks_of_this_process
 from mllm.utils.activity import current_activity
 
 SECONDS_BETWEEN_LOOKS = 1.0
+
+
+class WorkerProcess(multiprocessing.Process):
+    """Starts with the signals blocked that end a run; `prepare_worker` says what becomes of them.
+
+    Until then a worker would end by them, or take itself for the training, and the training would fail for it.
+    """
+
+    def start(self) -> None:
+        """Start the process, whose first thread inherits what is blocked in this one."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class WorkerContext(DefaultContext):
+    """Starts processes in the way that is set, and each as a `WorkerProcess`."""
+
+    Process = WorkerProcess
+
+
+def worker_options(num_workers: int) -> dict[str, Any]:
+    """Give the arguments of a DataLoader that say how its workers are started."""
+    context: BaseContext | None = None
+    if num_workers and hasattr(signal, "sigtimedwait"):
+        context = WorkerContext(multiprocessing.get_context())
+    return {"num_workers": num_workers, "worker_init_fn": prepare_worker, "multiprocessing_context": context}
 
 
 def prepare_worker(worker: int) -> None:
@@ -27,9 +59,10 @@ def prepare_worker(worker: int) -> None:
     if not hasattr(signal, "sigtimedwait"):  # not on macOS
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         return
-    for number in STOPPING:
-        if number != signal.SIGTERM:
-            signal.signal(number, signal.SIG_IGN)
+    ignored = [number for number in STOPPING if number != signal.SIGTERM]
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ignored)
     # Blocked in this thread and in all that it starts, they wait for the one that asks for them.
     answered = {signal.SIGTERM, signal.SIGUSR2}
     signal.pthread_sigmask(signal.SIG_BLOCK, answered)
