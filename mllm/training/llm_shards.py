@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -24,8 +24,14 @@ logger = logging.getLogger(__name__)
 
 
 def mesh_of_all(device: torch.device) -> DeviceMesh:
-    """Line up all processes, each of which holds a shard; every process calls this at the same time."""
-    return init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    """Line up all processes, each of which holds a shard; every process calls this at the same time.
+
+    They are a group of their own, since operations of one group must come in the same order on all processes. DDP sends
+    gradients as they get ready, and where a process lacks a medium that may be before another layer than elsewhere.
+    """
+    group = torch.distributed.new_group()
+    assert isinstance(group, torch.distributed.ProcessGroup)
+    return DeviceMesh.from_group(group, device.type)
 
 
 def shard_llm(model: ElasticForConditionalGeneration, device: torch.device, mesh: DeviceMesh) -> None:

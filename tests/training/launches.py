@@ -13,25 +13,27 @@ from safetensors.torch import load_file
 from mllm.training.checkpoint import OPTIMIZER, TRAINABLES
 
 TESTS = Path(__file__).parent
-CONFIGS = TESTS.parent.parent / "configs"
+ROOT = TESTS.parent.parent
+CONFIGS = ROOT / "configs"
 BIN = Path(sys.executable).parent
 
 
 def launch(*arguments: str | Path, timeout: int = 300) -> None:
     """Run the worker on two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run_launcher(*command, TESTS / "worker.py", *arguments, timeout=timeout)
+
+
+def run_launcher(*command: str | Path, timeout: int = 300) -> None:
+    """Run a launcher's command line to its end, which must be a good one."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent.parent, TESTS.parent, TESTS))),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, TESTS.parent, TESTS))),
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, str(TESTS / "worker.py"), *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
+        [*map(str, command)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout
     )
     assert done.returncode == 0, done.stderr[-4000:]
 

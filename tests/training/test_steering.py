@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from launches import CONFIGS, run_launcher
 from safetensors.torch import load_file
 
 from mllm.checkpoints.load import TRAINABLES, load
@@ -143,6 +144,28 @@ def test_a_run_that_no_longer_improves_ends_early_and_is_whole(world: Path) -> N
     assert [row["step"] for row in validations(folder)] == [2, 4]  # random answers are never right
     assert load(folder, device="cpu")[0].config.model_type == "elastic"
     assert sorted(path.name for path in folder.glob("checkpoint-*"))[-1] == "checkpoint-00000004"
+
+
+@pytest.mark.slow
+def test_two_processes_under_zero2_validate_answer_and_keep_their_best_as_one(world: Path) -> None:
+    """Each answers half of the samples, and neither has the moments of all that trains."""
+    given: dict[str, Any] = {"answered_samples": 8, "answer_tokens": 6, "best_metric": "loss", "max_steps": 4}
+    code, alone = train_in(world, "alone", accumulation=2, learning_rate=0.02, **given)
+    assert code == 0
+    (world / "pair.yaml").write_text(yaml.safe_dump(values_of(world, "pair", learning_rate=0.02, **given)))
+    launcher = ("accelerate", "launch", "--config_file", CONFIGS / "accelerate_zero2.yaml")
+    run_launcher(*launcher, "-m", "mllm", "train", "--config", world / "pair.yaml", timeout=600)
+    pair = world / "pair"
+    assert [row["step"] for row in validations(pair)] == [2, 4]
+    for expected, row in zip(validations(alone), validations(pair), strict=True):
+        figures = [{key: value for key, value in of.items() if key.startswith("eval_")} for of in (expected, row)]
+        assert len(figures[0]) == 9  # three losses; accuracy and word error rate, each of two budgets and their mean
+        assert figures[1] == pytest.approx(figures[0], rel=1e-4)
+    answers = [sorted((run / VALIDATION_ANSWERS).read_text().splitlines()) for run in (alone, pair)]
+    assert answers[0] == answers[1]
+    best = [load_file(run / BEST / TRAINABLES) for run in (alone, pair)]
+    for name, value in best[0].items():
+        torch.testing.assert_close(best[1][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_a_report_is_one_file_with_curves_tables_and_answers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
