@@ -10,17 +10,20 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_hosts
 import torch
 from blocks import medium
 from torch import nn
 from transformers import LlamaForCausalLM
 
 from mllm.adapters import build_adapter
+from mllm.checkpoints import pretrained
 from mllm.checkpoints.build import build
 from mllm.checkpoints.load import export
 from mllm.checkpoints.pretrained import load_checked
 from mllm.checkpoints.quantization import bits_options
 from mllm.config.model import Int8Config, LoraConfig, ModelConfig, MomeConfig, Nf4Config, QuantizationConfig
+from mllm.config.reading import read
 from mllm.config.run import read_run_config
 from mllm.model.configuration import ElasticConfig
 from mllm.model.precision import dtype_of
@@ -130,3 +133,32 @@ def test_names_and_shapes_are_checked_before_weights_are_quantised(folder: Path,
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     with pytest.raises(ValueError, match=rf"{name} has shape \(127, 64\), the model has \(128, 64\)"):
         loaded(tmp_path, Nf4Config())
+
+
+@needs_library
+def test_the_llm_of_a_host_has_few_bits_and_its_encoder_and_projector_have_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU is asked for; the library computes on a CPU as well."""
+    monkeypatch.setattr(pretrained, "quantization_device", lambda: torch.device("cpu"))
+    for key, value in {"hidden_size": 64, "intermediate_size": 128}.items():  # the library's least
+        monkeypatch.setitem(tiny_hosts.TEXT, key, value)
+    source = tiny_hosts.write("llava", tmp_path / "host")
+    values = {"host": source, "image": {"budgets": [36, 4]}, "adapter": {"kind": "gated_lora", "rank": 4}}
+    model, processor = build(read(ModelConfig, {**values, "quantization": "nf4"}, path="model"))
+    few = {name for name, layer in model.named_modules() if type(layer).__name__ == "Linear4bit"}
+    layers = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and ".layers." in name]
+    of_llm = {name for name in layers if name.startswith("model.language_model.") and "lora" not in name}
+    assert few
+    assert few == of_llm
+    raw = tiny_hosts.medium("llava")
+    full, reduced = (tiny_hosts.inputs(processor, [raw], budget) for budget in ("", "image=4"))
+    with torch.no_grad():
+        before = [model(**inputs).logits for inputs in (full, reduced)]
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.5)
+        after = [model(**inputs).logits for inputs in (full, reduced)]
+    assert before[0].isfinite().all()
+    assert after[0].equal(before[0])
+    assert not after[1].equal(before[1])
