@@ -235,8 +235,7 @@ def host_inputs(
     """
     assert processor.host is not None
     if processor.host.family.is_tekken:
-        kind, rate_hz = processor.host.family.processor_class, processor.host.sample_rate_hz
-        outputs = tekken_inputs(host.name_or_path, kind, raw, rate_hz, question)
+        outputs = tekken_inputs(host.name_or_path, raw, processor.host.sample_rate_hz, question)
     else:
         outputs = _templated_inputs(processor, raw, question, images_kwargs)
     return {

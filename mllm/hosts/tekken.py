@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 import soundfile
-import transformers
-from transformers import BatchFeature
+from transformers import AutoProcessor, BatchFeature
 from transformers.utils.hub import cached_file
 
 from mllm.utils.extras import install_line
@@ -91,19 +90,18 @@ def read_tekken_tokenizer(source: str) -> Any:
     return tokenizer
 
 
-def tekken_inputs(source: str, processor_class: str, samples: np.ndarray, rate_hz: int, question: str) -> BatchFeature:
+def tekken_inputs(source: str, samples: np.ndarray, rate_hz: int, question: str) -> BatchFeature:
     """Make the inputs of a question about a clip by the host's own pipeline, mistral-common included.
 
     The clip goes through a file in memory, as that pipeline wants, which holds the very samples.
 
     Args:
         source: folder or hub name of a host.
-        processor_class: its name in transformers.
         samples: (L,) in float32.
     """
     check_library()
     file = io.BytesIO()
     soundfile.write(file, samples, rate_hz, format="WAV", subtype="FLOAT")
     audio = {"type": "audio", "base64": base64.b64encode(file.getvalue()).decode()}
-    processor = getattr(transformers, processor_class).from_pretrained(source)
+    processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     return processor.apply_chat_template([{"role": "user", "content": [audio, {"type": "text", "text": question}]}])
