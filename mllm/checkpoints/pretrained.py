@@ -198,13 +198,14 @@ def load_host(
 
 
 def known_attention(text: Any, attention: str) -> str:
-    """Return what is to compute the attention of an LLM: eager for sdpa where its class knows no other, which it logs.
+    """Return what is to compute the attention of an LLM: eager for sdpa where that cannot, which it logs.
 
-    Some LLMs, such as Gemma 2, cap attention logits, which sdpa cannot. transformers takes eager then where nothing is
-    asked for, and refuses sdpa by its name, which is the default here.
+    Some LLMs, such as Gemma 2, cap attention logits. transformers 5.24 refuses sdpa for their classes, and
+    5.19 takes it and caps nothing.
     """
     llm_class: Any = MODEL_MAPPING.get(type(text), None)
-    if attention != "sdpa" or llm_class is None or llm_class._supports_sdpa:
+    can = llm_class is None or llm_class._supports_sdpa
+    if attention != "sdpa" or (can and getattr(text, "attn_logit_softcapping", None) is None):
         return attention
     logger.warning("attention is computed as eager: the LLM is a %s, which does not go with sdpa", text.model_type)
     return "eager"
