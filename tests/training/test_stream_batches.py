@@ -129,6 +129,18 @@ def test_only_the_pool_that_a_step_lies_in_is_made_again(tmp_path: Path) -> None
     assert files[1].read_text().startswith(files[0].read_text())
 
 
+@pytest.mark.parametrize("line", ["{}", '{"batches_before": 1, "unit": "x", "row": 0}', "[1}", "\xff}"])
+def test_notes_that_are_damaged_are_named(tmp_path: Path, line: str) -> None:
+    write_texts(tmp_path / "shards", [50] * 8)
+    list(itertools.islice(batches_of(tmp_path / "shards", tmp_path), 200))
+    notes = tmp_path / "stream" / "slot-00000.jsonl"
+    first, _, *rest = notes.read_text().splitlines()
+    notes.write_text("\n".join([first, line, *rest]) + "\n", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"slot-00000.jsonl is damaged in line 2; remove it"):
+        next(iter(batches_of(tmp_path / "shards", tmp_path, start_step=150)))
+    next(iter(batches_of(tmp_path / "shards", tmp_path)))  # a run from its start needs none of them
+
+
 def test_bad_samples_travel_with_a_batch_and_a_batch_of_bad_ones_gets_another(tmp_path: Path) -> None:
     folder = tmp_path / "shards"
     texts = ["fine"] * 6 + ["bad"] * 6 + ["x" * 31]

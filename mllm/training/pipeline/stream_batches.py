@@ -86,31 +86,53 @@ class PoolNotes:
         """Return how many batches come before the pool that so many lead into, and where it begins.
 
         Later pools are forgotten: they may be others this time, where limits of files have changed.
+
+        Raises:
+            ValueError: a note that is none; the file and its line are named.
         """
-        file, kept = self._file(slot), []
-        # A line that a kill cut short has no end; it is of a pool that nothing was trained on.
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-        for line in (line for line in lines if line.endswith("}\n")):
-            if json.loads(line)["batches_before"] <= num_batches:
-                kept.append(line)
-        if not num_batches or not kept:
+        file = self._file(slot)
+        if not num_batches:
             file.unlink(missing_ok=True)
             return 0, None
-        write_text_whole(file, "".join(kept[:-1]))  # the last one is noted again
-        last = json.loads(kept[-1])
-        return last["batches_before"], Position(last["unit"], last["row"])
+        # A line that a kill cut short has no end; it is of a pool that nothing was trained on.
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if file.exists() else []
+        whole = [line for line in lines if line.endswith("}\n")]
+        pools = [pool for number, line in enumerate(whole, 1) if (pool := _noted(file, number, line))[0] <= num_batches]
+        if not pools:
+            file.unlink(missing_ok=True)
+            return 0, None
+        write_text_whole(file, "".join(_note(*pool) for pool in pools[:-1]))  # the last one is noted again
+        return pools[-1]
 
     def note(self, slot: int, num_batches: int, start: Position) -> None:
         """Note a pool, before the first of its batches is trained on."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        line = {"batches_before": num_batches, "unit": start.unit, "row": start.row}
-        content = (json.dumps(line) + "\n").encode()
+        content = _note(num_batches, start).encode()
         file_name = self._file(slot)
         with writing(file_name, len(content)), open(file_name, "ab", buffering=0) as file:
             file.write(content)
 
     def _file(self, slot: int) -> Path:
         return self.folder / f"slot-{slot:05d}.jsonl"
+
+
+def _note(num_batches: int, start: Position) -> str:
+    return json.dumps({"batches_before": num_batches, **start._asdict()}) + "\n"
+
+
+def _noted(file: Path, number: int, line: str) -> tuple[int, Position]:
+    """Read what `_note` wrote.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        note = json.loads(line)
+        return int(note["batches_before"]), Position(int(note["unit"]), int(note["row"]))
+    except (ValueError, TypeError, LookupError, OverflowError) as error:
+        raise ValueError(
+            f"{file} is damaged in line {number}; remove it, and the pools before this step are made again"
+        ) from error
 
 
 class StreamBatches(Sampler[StreamedBatch]):
