@@ -80,7 +80,7 @@ def _members(stream: Any) -> Iterator[tarfile.TarInfo]:
     """Yield the files of a tar in its order; hidden ones, which systems leave, and folders are passed over.
 
     Raises:
-        ValueError: it is no tar, or a compressed one.
+        ValueError: it is no tar, or a compressed one; or one that is cut, behind the members before that.
     """
     try:
         with tarfile.open(fileobj=stream, mode="r:") as tar:
@@ -88,8 +88,27 @@ def _members(stream: Any) -> Iterator[tarfile.TarInfo]:
                 tar.members = []  # pyright: ignore[reportAttributeAccessIssue] (it keeps all of them otherwise)
                 if not member.isdir() and not os.path.basename(member.name).startswith((".", "__")):
                     yield member
+            _check_end(stream, tar.offset)
     except tarfile.TarError as error:
         raise ValueError(f"not a tar that is not compressed: {error}") from error
+
+
+def _check_end(stream: Any, offset: int) -> None:
+    """Check that a tar ends where its members do, which `tarfile` takes for granted behind the first of them.
+
+    The end of a tar is two blocks of zeros (POSIX.1-2017, pax, ustar Interchange Format). Python's tarfile, the
+    webdataset library on it, and GNU tar write both, and zeros up to 10,240 bytes or what `tar -b` says, which readers
+    do not need. One is taken for the end, as GNU tar does.
+
+    Raises:
+        ValueError: it is cut, or something else stands there.
+    """
+    block = os.pread(stream.fileno(), tarfile.BLOCKSIZE, offset)
+    if len(block) < tarfile.BLOCKSIZE:
+        size = os.fstat(stream.fileno()).st_size
+        raise ValueError(f"the tar is cut at byte {size}: the blocks of zeros are missing that end a tar")
+    if any(block):
+        raise ValueError(f"the tar is damaged at byte {offset}: neither a member nor the end of the tar is there")
 
 
 def _split(name: str) -> tuple[str, str]:
