@@ -2,6 +2,7 @@
 torch.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -102,11 +103,21 @@ class ReaderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamConfig:
-    """Shards that are read while the run goes on, without being listed or scanned first; see data/shard_stream.py."""
+    """Shards that are read while the run goes on, without their samples being listed or scanned first; see
+    data/shard_stream.py."""
 
     shuffle_samples: int = 4096
     """Shuffles among so many samples at a time of each micro-batch of a step; so many are looked at before the first
     step as well. Only texts are kept of them, about 2 kB each, never media."""
 
+    shards_ahead: int = 1
+    """Fetches so many shards of a hub before their turn, for each micro-batch of a step."""
+    max_disk_gb: float | None = None
+    """Keeps so many gigabytes of a hub's shards at most, for each process, in the run folder, and deletes those that
+    were trained on; all stay in the hub's own cache when left out."""
+
     def __post_init__(self) -> None:
         check_at_least(self, ["shuffle_samples"])
+        check_at_least(self, ["shards_ahead"], 0)
+        if self.max_disk_gb is not None and not 0 < self.max_disk_gb < math.inf:
+            raise ConfigError("max_disk_gb", f"is {self.max_disk_gb}; it must be above 0")

@@ -56,7 +56,7 @@ class DataConfig:
     """Describes the form that all of these files are in."""
     stream: StreamConfig | None = None
     """Reads `train` shard by shard while the run goes on, without a scan; {} for the usual values. It names tars or
-    tables, * and {000..099} standing for many, and train.max_steps says how long the run is."""
+    tables, * and {000..099} standing for many, or data sets of a hub; train.max_steps says how long the run is."""
     validation: list[str] = field(default_factory=list)
     """Lists manifests to validate on; without one there is no validation."""
     captions: list[str] = field(default_factory=list)

@@ -6,37 +6,34 @@
 
 The units of an epoch are shuffled by (seed, epoch), and slot s takes the units s, s + num_slots, ... of one epoch after
 the other. So no sample of an epoch is read twice or left out, no slot falls behind, and where a stream is says all that
-there is to know about it: it can begin anywhere.
+there is to know about it: it can begin anywhere. Shards of a hub are fetched when their turn comes, and read from then
+on as those of a disk.
 
-Knows files and a seed. Does not know processes, batches or tokens.
+Knows shards and a seed. Does not know processes, batches or tokens.
 """
 
-import glob
 import hashlib
 import itertools
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mllm.config.data import ReaderConfig
 from mllm.data.conversations import FORMS, ConversationReader
-from mllm.data.findings import Listing, first_lines
+from mllm.data.findings import Listing
+from mllm.data.hub import HubListing, HubShard
+from mllm.data.hub_cache import HubCache
 from mllm.data.manifest import Sample
+from mllm.data.shard_names import shard_files
 from mllm.data.shards import tar_samples
 from mllm.data.skipped import SkippedSample
 from mllm.data.source_files import relative_to
 from mllm.data.tables import find_tables, table_samples
 from mllm.utils.random_generator import random_generator
 
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_NESTED = re.compile(r"\{[^{}]*\{")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
-_WILD = re.compile(r"[*?\[]")
-MAX_SHARDS = 1_000_000
 SamplesOf = Callable[[Path, str, ConversationReader], Iterator[tuple[str, Callable[[], Sample]]]]
 """Yields what a shard holds, in order: a name of each sample, and what makes it. Given the file, its path below the
 root, and what reads its rows."""
@@ -57,51 +54,85 @@ class StreamedSample(NamedTuple):
     sample: Sample | SkippedSample
 
 
-@dataclass(frozen=True)
-class Shards:
-    """Holds the files of a stream, each once and in order.
+@dataclass(frozen=True, slots=True)
+class LocalShard:
+    """Names a file of a disk, and the folder that its samples name their media from."""
 
-    Args:
-        roots: by file, the folder that its samples name their media from.
-        samples_of: see `SamplesOf`.
-    """
+    file: Path
+    root: Path
 
-    roots: Mapping[Path, Path]
-    samples_of: SamplesOf
+    @property
+    def name(self) -> str:
+        """Return what messages call it."""
+        return self.file.as_posix()
 
-    @classmethod
-    def of(cls, names: Sequence[str], root: str | None, reader: ReaderConfig) -> "Shards":
-        """Find the files that names and patterns stand for.
-
-        Args:
-            names: files, folders, patterns (see `shard_files`), or of the format datasets data sets of a hub.
-            root: that of `default_root` when None.
+    @property
+    def num_bytes(self) -> int:
+        """Look up its size.
 
         Raises:
-            ValueError, OSError: as `shard_files` and `find_tables`; or a file that is named twice.
+            OSError: it is not there any more.
         """
-        roots: dict[Path, Path] = {}
-        for name in names:
-            files, default = _found(name, reader)
-            for file in files:
-                if file in roots:
-                    raise ValueError(f"data.train names {file} twice")
-                roots[file] = (default or file.parent) if root is None else Path(root)
-        return cls(roots, tar_samples if reader.format == "webdataset" else table_samples)
+        return self.file.stat().st_size
 
-    @cached_property
-    def files(self) -> list[Path]:
-        """List the files."""
-        return list(self.roots)
+
+@dataclass(frozen=True)
+class Shards:
+    """Holds the shards of a stream, each once and in order.
+
+    Args:
+        samples_of: see `SamplesOf`.
+        commits: of the data sets of a hub among them, by the names that they were given.
+        cache: fetches those of a hub.
+    """
+
+    shards: Sequence[LocalShard | HubShard]
+    samples_of: SamplesOf
+    commits: Mapping[str, str] = field(default_factory=dict)
+    cache: HubCache | None = None
+
+    @classmethod
+    def of(
+        cls,
+        names: Sequence[str],
+        root: str | None,
+        reader: ReaderConfig,
+        *,
+        listings: Mapping[str, HubListing] | None = None,
+        cache: HubCache | None = None,
+    ) -> "Shards":
+        """Find the shards that names and patterns stand for.
+
+        Args:
+            names: files, folders and patterns of a disk (see `shard_files`), and those of a hub (see `hub.py`).
+            root: that of `default_root` when None. Data of a hub lie below a folder of their own.
+            listings: what the hub lists, by name; every name of a hub must be there.
+            cache: the hub's own when None.
+
+        Raises:
+            ValueError, OSError: as `shard_files` and `find_tables`; or a shard that is named twice.
+        """
+        listings = listings or {}
+        found: dict[str, LocalShard | HubShard] = {}
+        for name in names:
+            shards = listings[name].shards if name in listings else _found(name, root, reader)
+            for shard in shards:
+                if shard.name in found:
+                    raise ValueError(f"data.train names {shard.name} twice")
+                found[shard.name] = shard
+        samples_of = tar_samples if reader.format == "webdataset" else table_samples
+        commits = {name: listing.commit for name, listing in listings.items()}
+        return cls(list(found.values()), samples_of, commits, (cache or HubCache()) if listings else None)
 
     def facts(self) -> dict[str, Any]:
         """Count the shards and make a digest of names and sizes: another list of shards makes another stream.
 
         Raises:
-            OSError: a shard is not there any more.
+            OSError: a shard of a disk is not there any more.
         """
-        sizes = [[file.as_posix(), file.stat().st_size] for file in self.files]
-        return {"shards": len(sizes), "sha256": hashlib.sha256(repr(sizes).encode()).hexdigest()}
+        sizes = [[shard.name, shard.num_bytes] for shard in self.shards]
+        facts = {"shards": len(sizes), "sha256": hashlib.sha256(repr(sizes).encode()).hexdigest()}
+        return {**facts, "commits": dict(self.commits)} if self.commits else facts
 
     def samples(
         self,
@@ -111,111 +142,145 @@ class Shards:
         num_slots: int = 1,
         start: Position | None = None,
         num_epochs: int | None = None,
-    ) -> Iterator[StreamedSample]:
-        """Yield what a slot reads; a sample or shard that cannot be used comes as a `SkippedSample`.
+        num_ahead: int = 0,
+    ) -> "SlotReader":
+        """Read what a slot reads; a sample or shard that cannot be used comes as a `SkippedSample`.
 
         Args:
             start: goes on there; what comes before in the same shard is passed over without being read.
             num_epochs: ends after so many; never when None.
+            num_ahead: fetches so many shards of a hub before their turn.
+
+        Raises:
+            ValueError, OSError: of a hub's shard that cannot be had, when its turn comes; see `HubCache`.
         """
-        num_parts = -(-num_slots // len(self.files))
-        num_units = len(self.files) * num_parts
-        position = start or Position(slot, 0)
+        units = self._units(seed, start or Position(slot, 0), num_slots, num_epochs)
+        return SlotReader(self, units, num_ahead)
+
+    def _units(self, seed: int, start: Position, num_slots: int, num_epochs: int | None) -> "Iterator[_Unit]":
+        """Yield what a slot reads, one after the other."""
+        num_parts = -(-num_slots // len(self.shards))
+        num_units = len(self.shards) * num_parts
         epoch, order = -1, []
-        for number in itertools.count(position.unit, num_slots):
+        for number in itertools.count(start.unit, num_slots):
             if number // num_units != epoch:
                 epoch = number // num_units
                 order = random_generator(seed, epoch, "", "shards").permutation(num_units).tolist()
             if num_epochs is not None and epoch >= num_epochs:
                 return
-            part, index = divmod(order[number % num_units], len(self.files))
-            first_row = position.row if number == position.unit else 0
-            for row, sample in self._read(self.files[index], part, num_parts, epoch, first_row):
-                yield StreamedSample(Position(number, row), epoch, sample)
+            part, index = divmod(order[number % num_units], len(self.shards))
+            first_row = start.row if number == start.unit else 0
+            yield _Unit(number, epoch, self.shards[index], part, num_parts, first_row)
 
-    def _read(
-        self, file: Path, part: int, num_parts: int, epoch: int, first_row: int
-    ) -> Iterator[tuple[int, Sample | SkippedSample]]:
-        """Yield the samples of one part of a shard from a row on, with their rows; what is wrong comes in their place.
+    def read(self, unit: "_Unit") -> Iterator[StreamedSample]:
+        """Yield the samples of one part of a shard from a row on; what is wrong comes in their place.
 
         An error that ends the whole shard counts as one sample behind those before it.
         """
-        root, listing, row = self.roots[file], Listing(), 0
-        with listing.noting(file, None, "the rest of it is left out"):
+        shard, listing, row = unit.shard, Listing(), 0
+        if isinstance(shard, HubShard):
+            assert self.cache is not None
+            file, root = self.cache.wait_for(shard)
+        else:
+            file, root = shard.file, shard.root
+        with listing.noting(shard.name, None, "the rest of it is left out"):
             samples = self.samples_of(file, relative_to(root, file), ConversationReader(root, tuple(FORMS)))
-            for name, make in itertools.islice(samples, part, None, num_parts):
-                if row >= first_row:
-                    with listing.noting(file, None, name):
-                        yield row, make()
+            for name, make in itertools.islice(samples, unit.part, None, unit.num_parts):
+                if row >= unit.first_row:
+                    with listing.noting(shard.name, None, name):
+                        yield StreamedSample(Position(unit.number, row), unit.epoch, make())
                     if listing.problems:
-                        yield row, _skipped(listing, name, epoch)
+                        yield _skipped(listing, name, unit, row)
                 row += 1
-        if listing.problems and row >= first_row:
-            yield row, _skipped(listing, file.name, epoch)
+        if listing.problems and row >= unit.first_row:
+            yield _skipped(listing, file.name, unit, row)
 
 
-def _skipped(listing: Listing, sample_id: str, epoch: int) -> SkippedSample:
-    """Take the one problem off a listing."""
-    finding = listing.problems.pop()
-    return SkippedSample(sample_id, epoch, "unusable", finding.path, str(finding))
+class _Unit(NamedTuple):
+    """Says which part of which shard is read when, and from which row on."""
+
+    number: int
+    epoch: int
+    shard: LocalShard | HubShard
+    part: int
+    num_parts: int
+    first_row: int
 
 
-def _found(name: str, reader: ReaderConfig) -> tuple[list[Path], Path | None]:
-    """Return the shards that a name stands for, and the root of a folder."""
-    if "://" in name or name.startswith("pipe:"):
-        raise ValueError(f"data.train names {name!r}; nothing is fetched from the network: name files of a disk")
-    if reader.format == "webdataset":
-        if not os.path.isdir(name):
-            return shard_files(name), None
-        if not (files := sorted(Path(name).rglob("*.tar"))):
-            raise FileNotFoundError(f"data.train: the folder {name} holds no .tar")
-        return files, Path(name)
-    if os.path.isfile(name) or _BRACES.search(name) or _WILD.search(name):
-        return shard_files(name), None
-    return find_tables(Path(name), reader)
-
-
-def shard_files(name: str) -> list[Path]:
-    """Return the files that a name stands for: itself, or those of a pattern.
+class SlotReader(Iterator[StreamedSample]):
+    """Yields the samples of one slot, and keeps the shards of a hub that they lie in until they are let go.
 
     Args:
-        name: `*`, `?` and `[...]` stand for what is there; {a,b} and {000..099} for names each of which must be there.
-
-    Raises:
-        ValueError: braces inside braces, or a pattern that makes too many names.
-        FileNotFoundError: there is no such file, or one of several is not there.
+        units: what is read, in order.
+        num_ahead: see `Shards.samples`.
     """
-    files = []
-    missing = []
-    for one in [name] if os.path.isfile(name) else _expanded(name):
-        matches = sorted(glob.glob(one, recursive=True)) if _WILD.search(one) and not os.path.isfile(one) else [one]
-        files += matches
-        missing += [one] if not matches else [match for match in matches if not os.path.isfile(match)]
-    if missing:
-        raise FileNotFoundError("data.train: there is no such shard:\n" + "\n".join(first_lines(missing)))
-    return [Path(file) for file in files]
+
+    def __init__(self, shards: Shards, units: Iterator[_Unit], num_ahead: int) -> None:
+        self.shards, self.units, self.num_ahead = shards, units, num_ahead
+        self._held: dict[int, HubShard] = {}
+        self._samples = self._all()
+
+    def __next__(self) -> StreamedSample:
+        return next(self._samples)
+
+    def let_go_before(self, unit: int) -> None:
+        """Say that no media of earlier units are read any more."""
+        cache = self.shards.cache
+        for number in [number for number in self._held if number < unit]:
+            assert cache is not None
+            cache.let_go(self._held.pop(number))
+
+    def close(self) -> None:
+        """End it, and say that none of its media are read any more."""
+        self._samples.close()
+        self.let_go_before(max(self._held, default=0) + 1)
+
+    def _all(self) -> Generator[StreamedSample, None, None]:
+        upcoming: deque[_Unit] = deque()
+        while True:
+            upcoming.extend(itertools.islice(self.units, self.num_ahead + 1 - len(upcoming)))
+            if not upcoming:
+                return
+            unit = upcoming.popleft()
+            self._hold(unit, upcoming)
+            yield from self.shards.read(unit)
+
+    def _hold(self, unit: _Unit, upcoming: Iterable[_Unit]) -> None:
+        cache = self.shards.cache
+        if isinstance(unit.shard, HubShard):
+            assert cache is not None
+            cache.hold(unit.shard)
+            self._held[unit.number] = unit.shard
+        for later in upcoming:
+            if isinstance(later.shard, HubShard):
+                assert cache is not None
+                cache.fetch_ahead(later.shard)
 
 
-def _expanded(name: str) -> list[str]:
-    """Write out the braces of a name."""
-    if _NESTED.search(name):
-        raise ValueError(f"data.train: {name} holds braces inside braces; write them apart")
-    names = [name]
-    while match := _BRACES.search(names[0]):
-        values = _values(match[1])
-        if len(names) * len(values) > MAX_SHARDS:
-            raise ValueError(f"data.train: {name} stands for more than {MAX_SHARDS} names")
-        names = [_BRACES.sub(lambda _, value=value: value, one, count=1) for one in names for value in values]
-    return names
+def _skipped(listing: Listing, sample_id: str, unit: _Unit, row: int) -> StreamedSample:
+    """Take the one problem off a listing."""
+    finding = listing.problems.pop()
+    skipped = SkippedSample(sample_id, unit.epoch, "unusable", finding.path, str(finding))
+    return StreamedSample(Position(unit.number, row), unit.epoch, skipped)
 
 
-def _values(inside: str) -> list[str]:
-    if span := _RANGE.fullmatch(inside):
-        first, last = int(span[1]), int(span[2])
-        # Zeros in front say how long a number is, as in a shell.
-        width = max(map(len, span.groups())) if any(len(end) > 1 and end[0] == "0" for end in span.groups()) else 0
-        step = 1 if last >= first else -1
-        if abs(last - first) >= MAX_SHARDS:
-            raise ValueError(f"data.train: {{{inside}}} stands for more than {MAX_SHARDS} names")
-        return [f"{number:0{width}d}" for number in range(first, last + step, step)]
-    return inside.split(",")
+def _found(name: str, root: str | None, reader: ReaderConfig) -> list[LocalShard]:
+    """Return the shards of a disk that a name stands for."""
+    if "://" in name or name.startswith("pipe:"):
+        raise ValueError(
+            f"data.train names {name!r}; of the network only data sets of a hub are read, OWNER/NAME[@REVISION] or "
+            "hf://datasets/OWNER/NAME[@REVISION][/PATTERN]"
+        )
+    files, folder = _files(name, reader)
+    return [LocalShard(file, (folder or file.parent) if root is None else Path(root)) for file in files]
+
+
+def _files(name: str, reader: ReaderConfig) -> tuple[list[Path], Path | None]:
+    """Return the files that a name stands for, and the root of a folder."""
+    if not os.path.isdir(name):
+        return shard_files(name), None
+    if reader.format != "webdataset":
+        return find_tables(Path(name), reader.split), Path(name)
+    if not (files := sorted(Path(name).rglob("*.tar"))):
+        raise FileNotFoundError(f"data.train: the folder {name} holds no .tar")
+    return files, Path(name)

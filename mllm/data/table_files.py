@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from mllm.utils.extras import install_line
 
 SUFFIXES = (".parquet", ".arrow")
+DEFAULT_SPLIT = "train"
 NUM_ROWS_AT_ONCE = 64
 """Rows hold images."""
 _WORD = "(?:train|training|validation|valid|val|dev|test|testing|eval|evaluation)"
@@ -40,11 +41,28 @@ def all_tables(folder: Path) -> list[Path]:
     return sorted(file for suffix in SUFFIXES for file in folder.rglob(f"*{suffix}"))
 
 
-def named_splits(folder: Path) -> list[str]:
-    """Return the splits that the tables of a folder are of, by their names, the folders below this one and what lies
-    beside them; sorted, and none where nothing names one.
+def chosen_tables(files: Sequence[Path], folder: Path, split: str | None) -> list[Path]:
+    """Return those of some tables that are of a split: of train where None is named, or all where nothing names one.
+
+    Args:
+        folder: that they lie in, on a disk or on a hub.
+
+    Raises:
+        FileNotFoundError: there is none; the splits that are there are named.
     """
-    return sorted({split for file in all_tables(folder) if (split := _split_of(file, folder)) is not None})
+    try:
+        return _of_split(files, folder, split or DEFAULT_SPLIT)
+    except FileNotFoundError:
+        if split is not None or not files or _named_splits(files, folder):
+            raise
+        return list(files)
+
+
+def _named_splits(files: Sequence[Path], folder: Path) -> list[str]:
+    """Return the splits that tables are of, by their names, the folders below this one and what lies beside them;
+    sorted, and none where nothing names one.
+    """
+    return sorted({split for file in files if (split := _split_of(file, folder)) is not None})
 
 
 def table_files(source: Path, split: str, *, inside: Sequence[str] = ()) -> list[Path]:
@@ -59,9 +77,13 @@ def table_files(source: Path, split: str, *, inside: Sequence[str] = ()) -> list
     if source.is_file():
         return [source]
     folder = next((source / name for name in inside if (source / name).is_dir()), source)
-    files = [file for file in all_tables(folder) if _is_of(file, split)]
+    return _of_split(all_tables(folder), folder, split)
+
+
+def _of_split(tables: Sequence[Path], folder: Path, split: str) -> list[Path]:
+    files = [file for file in tables if _is_of(file, split)]
     if not files:
-        others = ", ".join(named_splits(folder))
+        others = ", ".join(_named_splits(tables, folder))
         hint = f"; there are tables of {others} (data.reader.split, or --split)" if others else ""
         raise FileNotFoundError(
             f"{folder} holds no table of the split {split}; looked for {split}-*.parquet, {split}/*.parquet and "

@@ -17,17 +17,14 @@ from typing import Any
 from mllm.config.data import ReaderConfig
 from mllm.data.conversations import FORMS, ConversationReader
 from mllm.data.findings import Listing, renumbered
+from mllm.data.hub import CONVERTED, HUB_NAME, root_of_snapshot
 from mllm.data.json_files import stated_id
 from mllm.data.json_lines import read_object
 from mllm.data.manifest import Sample
 from mllm.data.source_files import relative_to
-from mllm.data.table_files import Table, all_tables, is_table, named_splits, open_table, table_files
+from mllm.data.table_files import Table, all_tables, chosen_tables, is_table, open_table
 from mllm.media.packed import packed_path
 
-DEFAULT_SPLIT = "train"
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-_CONVERTED = "refs/convert/parquet"
-"""Where the hub keeps a data set of another form as parquet."""
 _NAMES = {
     "image": ("image", "image", "img", "jpg", "jpeg", "png", "webp"),
     "audio": ("audio", "sound", "speech", "wav", "flac", "mp3"),
@@ -55,7 +52,7 @@ def read_parquet(source: Path, root: Path, config: ReaderConfig) -> Listing:
     """
     listing = Listing()
     reader = ConversationReader(root, tuple(FORMS))
-    for file in _files(source, config.split):
+    for file in find_tables(source, config.split):
         with listing.noting(file):
             for name, make in table_samples(file, relative_to(root, file), reader):
                 with listing.noting(file, None, name):
@@ -76,24 +73,11 @@ def read_datasets(source: Path, root: Path, config: ReaderConfig) -> Listing:
     if not _is_of_hub(source):
         return read_parquet(source, root, config)
     folder = _fetched(source.as_posix())
-    return read_parquet(folder, folder.parents[1], config)
-
-
-def find_tables(source: Path, config: ReaderConfig) -> tuple[list[Path], Path]:
-    """Return the tables of a folder, or of a data set of a hub, which is fetched first; and the folder that paths of
-    media in them are relative to by default.
-
-    Raises:
-        FileNotFoundError, OSError: as `read_datasets`.
-    """
-    if config.format != "datasets" or not _is_of_hub(source):
-        return _files(source, config.split), source
-    folder = _fetched(source.as_posix())
-    return _files(folder, config.split), folder.parents[1]
+    return read_parquet(folder, root_of_snapshot(folder, all_tables(folder)), config)
 
 
 def _is_of_hub(source: Path) -> bool:
-    return not source.exists() and _HUB_NAME.fullmatch(source.as_posix()) is not None
+    return not source.exists() and HUB_NAME.fullmatch(source.as_posix()) is not None
 
 
 def _fetched(name: str) -> Path:
@@ -105,7 +89,7 @@ def _fetched(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     repository, _, revision = name.partition("@")
-    for wanted in (revision,) if revision else (None, _CONVERTED):
+    for wanted in (revision,) if revision else (None, CONVERTED):
         try:
             fetched = snapshot_download(repository, repo_type="dataset", revision=wanted, allow_patterns=["*.parquet"])
         except OSError as error:  # a folder that is not there looks like a name of the hub as well
@@ -114,20 +98,19 @@ def _fetched(name: str) -> Path:
         folder = Path(fetched)
         if is_table(folder):
             return folder
-    hint = f"; the hub's conversion of the newest one is {repository}@{_CONVERTED}" if revision else ""
+    hint = f"; the hub's conversion of the newest one is {repository}@{CONVERTED}" if revision else ""
     raise FileNotFoundError(f"{name} holds no parquet{hint}")
 
 
-def _files(source: Path, split: str | None) -> list[Path]:
-    """Return the tables of a split; of a folder none of whose files or folders names one, all."""
+def find_tables(source: Path, split: str | None) -> list[Path]:
+    """Return the tables of a split, see `chosen_tables`; the source itself where it is a file.
+
+    Raises:
+        FileNotFoundError: there is none, or no such file or folder.
+    """
     if not source.exists():
         raise FileNotFoundError(f"{source}: there is no such file or folder")
-    try:
-        return table_files(source, split or DEFAULT_SPLIT)
-    except FileNotFoundError:
-        if split is not None or named_splits(source) or not is_table(source):
-            raise
-        return all_tables(source)
+    return [source] if source.is_file() else chosen_tables(all_tables(source), source, split)
 
 
 def table_samples(file: Path, relative: str, reader: ConversationReader) -> Iterator[tuple[str, Callable[[], Sample]]]:

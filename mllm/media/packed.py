@@ -12,6 +12,7 @@ Knows bytes, rows and columns. Does not decode media.
 
 import os
 import re
+from collections import deque
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -163,10 +164,19 @@ def _column(file: str, stamp: tuple[int, ...], part: int, column: int) -> Any:
     return table.read_row_group(part, columns=[name], use_threads=False).column(0)
 
 
+_opened: deque[str] = deque(maxlen=8)
+
+
 @lru_cache(maxsize=8)
 def _parquet(file: str, stamp: tuple[int, ...]) -> Any:
     from pyarrow import parquet
 
+    # A file that was deleted takes its place on the disk as long as it is open.
+    if not all(map(os.path.exists, _opened)):
+        for opened in (_column, _parquet):
+            opened.cache_clear()
+        _opened.clear()
+    _opened.append(file)
     return parquet.ParquetFile(file, memory_map=True)
 
 

@@ -46,6 +46,7 @@ _FREE = {
     },
     "data": {"validation", "num_workers", "max_bad_fraction", "max_unsupervised_fraction", "video_backend", "limits"},
 }
+_FREE_KEYS = {"data.stream.shards_ahead", "data.stream.max_disk_gb"}
 logger = logging.getLogger(__name__)
 
 
@@ -160,7 +161,7 @@ def check_continues(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         line
         for line in differences(dict(before["settings"]), dict(now["settings"]))
         if line.split(" ", 1)[0].split(".")[1] not in _FREE.get(line.split(".", 1)[0], ())
-        and line.split(" ", 1)[0] not in moved
+        and line.split(" ", 1)[0] not in moved | _FREE_KEYS
     ]
     micro_batches = [facts["processes"] * facts["settings"]["train"]["accumulation"] for facts in (before, now)]
     if micro_batches[0] != micro_batches[1]:

@@ -105,9 +105,12 @@ def dry_run(config: RunConfig | Mapping[str, Any] | str | Path) -> DryRun:
 def _fullest_batch(trainer: ElasticTrainer) -> dict[str, Any]:
     """Load the first micro-batch of the run with the most tokens at the largest budget."""
     loader: Any = trainer.batches
-    batches = islice(loader.batch_sampler, min(NUM_BATCHES_SEEN, trainer.args.max_steps))
-    keys = max(batches, key=loader.batch_sampler.num_tokens)
-    return trainer.with_answers(loader.collate_fn(loader.dataset.__getitems__(keys)))
+    most, items = -1, []
+    for keys in islice(loader.batch_sampler, min(NUM_BATCHES_SEEN, trainer.args.max_steps)):
+        if (num_tokens := loader.batch_sampler.num_tokens(keys)) > most:
+            # At once: a stream may delete what a batch is loaded from when the next one is chosen.
+            most, items = num_tokens, loader.dataset.__getitems__(keys)
+    return trainer.with_answers(loader.collate_fn(items))
 
 
 def _budgets(trainer: ElasticTrainer, batch: Batch) -> list[Budget]:

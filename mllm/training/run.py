@@ -141,7 +141,8 @@ def _prepare(
     # What is compared with a checkpoint and written to settings.yaml has a value for every key.
     config = dataclasses.replace(config, model=resolved(model_config).with_sources(config.model.sources))
     located = dataclasses.replace(config, model=model_config)
-    data = load_dataset(located, fits_captions=start is None)
+    commits = None if start is None else start.facts.get("shards", {}).get("commits")
+    data = load_dataset(located, fits_captions=start is None, commits=commits)
     model, processor = _build_model(located, arguments)
     model.config.sources = _sources_of(config.model, model.config.sources or {}, arguments.run)
     if not trains_in_shards(model):

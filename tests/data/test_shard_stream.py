@@ -3,6 +3,8 @@
 import gc
 import itertools
 import json
+import subprocess
+import tarfile
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -13,7 +15,8 @@ from webdataset_shards import write_shard, write_texts
 from mllm.config.data import Format, ReaderConfig
 from mllm.data.manifest import Sample
 from mllm.data.readers import read_data
-from mllm.data.shard_stream import Position, Shards, StreamedSample, shard_files
+from mllm.data.shard_names import shard_files
+from mllm.data.shard_stream import Position, Shards, StreamedSample
 from mllm.data.skipped import SkippedSample
 
 
@@ -137,6 +140,53 @@ def test_bad_samples_come_with_their_shard_and_key_and_the_rest_goes_on(tmp_path
     assert "No such file" in bad["2.tar"].reason
 
 
+def test_tars_are_whole_that_python_gnu_tar_and_webdataset_write(tmp_path: Path) -> None:
+    (tmp_path / "1.txt").write_text("what is said")
+    (tmp_path / "1.png").write_bytes(b"x" * 700)
+    for form in ("ustar", "gnu", "pax"):
+        for factor in (1, 20):
+            name = tmp_path / "tars" / f"{form}-{factor}.tar"
+            name.parent.mkdir(exist_ok=True)
+            command = ["tar", f"--format={form}", f"--blocking-factor={factor}", "-cf", str(name), "1.txt", "1.png"]
+            subprocess.run(command, cwd=tmp_path, check=True)
+    for number, form in enumerate((tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)):
+        with tarfile.open(tmp_path / "tars" / f"python-{number}.tar", "w", format=form) as tar:
+            tar.add(tmp_path / "1.txt", "1.txt")
+            tar.add(tmp_path / "1.png", "1.png")
+    write_shard(tmp_path / "tars" / "webdataset.tar", {"1": {"txt": b"what is said", "png": b"x" * 700}})
+    with tarfile.open(tmp_path / "tars" / "empty.tar", "w"):
+        pass
+    lone = (tmp_path / "tars" / "gnu-1.tar").read_bytes()[:-512]  # one block of the end, as GNU tar takes it
+    (tmp_path / "tars" / "lone.tar").write_bytes(lone)
+    read = list(tars(tmp_path / "tars").samples(0, num_epochs=1))
+    assert [name_of(one) for one in read] == ["1"] * 11
+    assert all(isinstance(one.sample, Sample) for one in read)
+
+
+def test_a_tar_that_is_cut_anywhere_is_named_as_such(tmp_path: Path) -> None:
+    rows = {str(number): {"txt": b"said", "png": b"x" * 300} for number in range(3)}
+    whole = write_shard(tmp_path / "whole.tar", rows).read_bytes()
+    end = (len(whole.rstrip(b"\0")) + 511) // 512 * 512  # of the last member; two blocks of zeros and more follow
+    for size in range(512, end + 512, 256):
+        (tmp_path / "cut.tar").write_bytes(whole[:size])
+        *before, last = tars(tmp_path / "cut.tar").samples(0, num_epochs=1)
+        assert isinstance(last.sample, SkippedSample), size
+        assert last.sample.sample_id == "cut.tar"
+        assert f"{tmp_path}/cut.tar: the rest of it is left out: " in last.sample.reason
+        # A sample of which a member may be missing is not taken for one.
+        assert [name_of(one) for one in before] == [str(number) for number in range(len(before))]
+        assert all(isinstance(one.sample, Sample) and len(one.sample.media) == 1 for one in before)
+        with pytest.raises(ValueError, match=r"cut\.tar: .*(cut at byte|end of data|header)"):
+            read_data(tmp_path / "cut.tar", None, ReaderConfig(format="webdataset"))
+    for size in (end + 512, end + 1024):
+        (tmp_path / "cut.tar").write_bytes(whole[:size])
+        assert [name_of(one) for one in tars(tmp_path / "cut.tar").samples(0, num_epochs=1)] == ["0", "1", "2"]
+    (tmp_path / "cut.tar").write_bytes(whole[:end] + b"\xff" * 512 + whole[end:])
+    (*_, last) = tars(tmp_path / "cut.tar").samples(0, num_epochs=1)
+    assert isinstance(last.sample, SkippedSample)
+    assert f"the tar is damaged at byte {end}" in last.sample.reason
+
+
 def test_names_and_patterns_of_shards(tmp_path: Path) -> None:
     for name in ("a-08.tar", "a-09.tar", "a-10.tar", "b/x.tar", "b/[1].tar"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -149,7 +199,13 @@ def test_names_and_patterns_of_shards(tmp_path: Path) -> None:
     assert names("{a-09,a-08,b/x}.tar") == ["a-09.tar", "a-08.tar", "b/x.tar"]
     assert names("a-{09..10}.tar") == ["a-09.tar", "a-10.tar"]
     assert names("{b,b}/[1].tar")[:1] == names("b/[1].tar") == ["b/[1].tar"]
-    assert [file.name for file in tars(tmp_path).files] == ["a-08.tar", "a-09.tar", "a-10.tar", "[1].tar", "x.tar"]
+    assert [Path(shard.name).name for shard in tars(tmp_path).shards] == [
+        "a-08.tar",
+        "a-09.tar",
+        "a-10.tar",
+        "[1].tar",
+        "x.tar",
+    ]
     with pytest.raises(FileNotFoundError, match=r"there is no such shard:\n.*/a-07.tar\n.*/a-11.tar$"):
         names("a-{07..11}.tar")
     with pytest.raises(FileNotFoundError, match=r"no such shard:\n.*/c-\*.tar$"):
@@ -159,7 +215,7 @@ def test_names_and_patterns_of_shards(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds braces inside braces"):
         names("{a-{09,08},b/x}.tar")
     for address in ("https://example.org/{000..009}.tar", "pipe:curl example.org"):
-        with pytest.raises(ValueError, match="nothing is fetched from the network"):
+        with pytest.raises(ValueError, match="of the network only data sets of a hub are read"):
             tars(address)
     with pytest.raises(ValueError, match=r"data.train names .*/a-08.tar twice"):
         tars(f"{tmp_path}/a-08.tar", f"{tmp_path}/a-*.tar")

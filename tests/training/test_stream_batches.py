@@ -12,17 +12,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import toy_hub
 from torch.utils.data import DataLoader
 from webdataset_shards import write_shard, write_texts
 
 from mllm.config.data import ReaderConfig, StreamConfig
 from mllm.config.run import DataConfig
 from mllm.data.dataset import Item
+from mllm.data.hub import list_shards
+from mllm.data.hub_cache import HubCache
 from mllm.data.manifest import Sample
 from mllm.data.shard_stream import Shards
 from mllm.data.skipped import SkippedSample
+from mllm.media import resolve_media
+from mllm.media.limits import open_media
 from mllm.training.pipeline.batches import RankSlots
 from mllm.training.pipeline.stream_batches import PoolNotes, StreamBatches, StreamDataset
+from mllm.training.pipeline.worker_process import worker_options
 
 
 def tokens_of(sample: Sample) -> int:
@@ -196,3 +202,46 @@ def test_what_needs_to_know_all_samples_is_refused() -> None:
             replace(DataConfig(**good), **{key: True})
     with pytest.raises(ValueError, match=r"shuffle_samples is 0; it must be at least 1"):
         StreamConfig(shuffle_samples=0)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_shards_of_a_hub_are_kept_until_their_batches_are_loaded_and_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    """Disk for six of twelve shards, and every medium is there when a worker reads it, one step late as it may be."""
+    for shard in range(12):
+        rows = {f"{shard}-{row}": {"png": b"image %d %d" % (shard, row), "txt": b"red"} for row in range(4)}
+        write_shard(tmp_path / "shards" / f"{shard:06d}.tar", rows)
+    size = (tmp_path / "shards" / "000000.tar").stat().st_size
+    with toy_hub.serving() as hub:
+        toy_hub.use(hub, tmp_path / "cache", monkeypatch)
+        hub.push("owner/set", tmp_path / "shards")
+        reader = ReaderConfig(format="webdataset")
+        listings = {"owner/set": list_shards("owner/set", reader)}
+        runs = []
+        for cache in (HubCache(tmp_path / "own", (6 if num_workers else 3) * size), None):
+            config = DataConfig(
+                train=["owner/set"],
+                reader=reader,
+                stream=StreamConfig(shuffle_samples=4),
+                max_rows=2,
+                num_workers=num_workers,
+            )
+            shards = Shards.of(["owner/set"], None, reader, listings=listings, cache=cache)
+            notes = PoolNotes(tmp_path / ("kept" if cache is None else "bounded"))
+            batches = StreamBatches(shards, count_tokens, config=config, seed=5, slots=RankSlots(), notes=notes)
+            loader: Any = DataLoader(
+                StreamDataset(read_medium, seed=5),
+                batch_sampler=batches,  # type: ignore[arg-type]
+                collate_fn=list,
+                **worker_options(num_workers),
+            )
+            runs.append([[item.media for item in batch] for batch in itertools.islice(loader, 60)])
+        assert runs[0] == runs[1]
+        assert len({media for batch in runs[0] for media in batch}) == 48
+        assert sum(hub.fetched.values()) >= 12 + 24  # every epoch of the bounded run, one of the other
+
+
+def read_medium(sample: Sample, *, generator: np.random.Generator | None) -> bytes:
+    with open_media(resolve_media(sample.root, sample.media[0].path), 1000) as file:
+        return file.read()

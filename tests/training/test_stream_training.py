@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import yaml
-from harness import log_rows
 from safetensors.torch import load_file
+from stream_runs import NUM_SAMPLES, losses, values_of, write_world
 from torch.utils.data import DataLoader
 from webdataset_shards import write_shard
 
@@ -27,63 +26,12 @@ from mllm.training.run import build_model, build_trainer, launch, train
 from mllm.training.trainer import ElasticTrainer
 
 pytestmark = pytest.mark.slow
-NUM_SAMPLES = 12
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny parts, and three shards of images with questions and of speech."""
-    folder = tmp_path_factory.mktemp("streams")
-    (folder / "parts.json").write_text(json.dumps(tiny.write_parts(folder / "parts")))
-    for shard in range(3):
-        samples: dict[str, dict[str, Any]] = {}
-        for number in range(shard * 4, shard * 4 + 4):
-            names = tiny.write_media(folder / "media", seed=number, seconds=0.4 + 0.1 * (number % 3))
-            medium = ("image", "audio")[number % 2]
-            content = (folder / "media" / names[medium]).read_bytes()
-            text: dict[str, Any] = (
-                {"json": {"question": "what is it?", "answer": "red " * (number + 1)}}
-                if medium == "image"
-                else {"txt": b"place red now"}
-            )
-            samples[f"{number:09d}"] = {names[medium].rpartition(".")[2]: content, **text}
-        write_shard(folder / "shards" / f"{shard:06d}.tar", samples)
-    return folder
-
-
-def values_of(world: Path, out: Path, *, data: dict[str, Any] | None = None, **train: Any) -> dict[str, Any]:
-    """A run config of the tiny parts on the shards."""
-    parts = json.loads((world / "parts.json").read_text())
-    media = {
-        medium: {"encoder": parts[medium], **{key: tiny.MEDIA[medium][key] for key in ("compressor", "budgets")}}
-        for medium in ("image", "audio")
-    }
-    values: dict[str, Any] = {
-        "train": [str(world / "shards" / "{000000..000002}.tar")],
-        "reader": {"format": "webdataset"},
-        "stream": {"shuffle_samples": 4},
-        "audio_mask_samples": [1000, 2000],
-        "num_workers": 0,
-        "max_rows": 2,
-        **(data or {}),
-    }
-    return {
-        "model": {"llm": parts["llm"], "chat_format": "plain", "adapter": {"rank": 4, "alpha": 8}, **media},
-        "data": {key: value for key, value in values.items() if value is not None},
-        "sampler": {"mode": "random", "num_budgets": 2},
-        "train": {
-            "out": str(out),
-            "max_steps": 6,
-            "save_every": 3,
-            "keep_checkpoints": 9,
-            "log_every": 1,
-            "accumulation": 2,
-            "use_cpu": True,
-            "progress": False,
-            "tensorboard": False,
-            **train,
-        },
-    }
+    """Tiny parts and three shards."""
+    return write_world(tmp_path_factory.mktemp("streams"))
 
 
 def prepared(values: dict[str, Any]) -> ElasticTrainer:
@@ -110,10 +58,6 @@ def run(world: Path) -> Path:
     (world / "run.yaml").write_text(yaml.safe_dump(values_of(world, world / "run")))
     assert main(["train", "--config", str(world / "run.yaml")]) == 0
     return world / "run"
-
-
-def losses(run: Path) -> list[dict[str, float]]:
-    return [row for row in log_rows(run) if "loss" in row]
 
 
 def test_a_stream_trains_as_a_manifest_of_the_same_samples_in_the_same_order(

@@ -6,7 +6,7 @@ Knows the data of a run and its processor. Does not know weights or batches.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from mllm.data.skipped import SkipLog, SkippedSample, too_many_bad
 from mllm.processing.processor import ElasticProcessor
 from mllm.training.feature_cache.building import FeatureSamples, check_folder, with_captions
 from mllm.training.pipeline.loaders import SKIPPED_FILE, build_augmentation, read_samples
-from mllm.training.pipeline.stream import first_samples
+from mllm.training.pipeline.stream import find_shards, first_samples
 from mllm.training.pipeline.token_scan import TokenScan, scan_tokens
 from mllm.training.progress import counted, reporting
 from mllm.utils.collector import collector_paused
@@ -57,13 +57,16 @@ class TrainingData:
 
 
 @collector_paused()
-def load_dataset(config: RunConfig, *, fits_captions: bool = True) -> TrainingData:
+def load_dataset(
+    config: RunConfig, *, fits_captions: bool = True, commits: Mapping[str, str] | None = None
+) -> TrainingData:
     """Read and check everything that a run trains on, validates on and fits its projectors to; every process does.
 
     The token counts of all samples are kept in the run folder, `train.out`.
 
     Args:
         fits_captions: whether projectors are going to be fitted to `data.captions`.
+        commits: see `find_shards`.
 
     Raises:
         ValueError: what is wrong, with the key, the rows or the files.
@@ -77,7 +80,7 @@ def load_dataset(config: RunConfig, *, fits_captions: bool = True) -> TrainingDa
     if data.features is not None:
         check_folder(config)
     if data.stream is not None:
-        dataset.shards = Shards.of(data.train, data.root, data.reader)
+        dataset.shards = find_shards(config, commits)
     for name in ("train", "validation", *(["captions"] if fits_captions else [])):
         if (manifests := getattr(data, name)) and (name != "train" or dataset.shards is None):
             dataset.samples[name] = read_samples(manifests, data)

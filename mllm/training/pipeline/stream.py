@@ -4,17 +4,22 @@ Knows the `data` block of a run config and what counts tokens. Does not know tar
 """
 
 import logging
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from torch.utils.data import DataLoader
 
 from mllm.config.run import DataConfig, RunConfig
 from mllm.data.dataset import Collator, Load
 from mllm.data.findings import ManyLines, first_lines
+from mllm.data.hub import HubListing, hub_name, list_shards
+from mllm.data.hub_cache import HubCache
 from mllm.data.manifest import Sample
 from mllm.data.shard_stream import Shards
 from mllm.data.skipped import SkipLog, SkippedSample, too_many_bad
@@ -30,10 +35,68 @@ from mllm.training.pipeline.token_scan import (
     target_report,
 )
 from mllm.training.pipeline.worker_process import worker_options
+from mllm.utils.distributed import from_main
 
 POOLS = "stream"
 """Folder of a run that says where its stream was; see `PoolNotes`."""
+FETCHED = "shards-"
+"""Begins the name, which ends with the rank, of a folder in it of shards of a hub that a process keeps for itself."""
 logger = logging.getLogger(__name__)
+
+
+def find_shards(config: RunConfig, commits: Mapping[str, str] | None = None) -> Shards:
+    """Find the shards of `data.train`. Those of a hub are listed by the main process for all, since a revision may move
+    from one moment to the next; every process calls this.
+
+    Args:
+        commits: those that a run began with, by name, which goes on with them.
+
+    Raises:
+        ValueError, OSError: see `Shards.of` and `list_shards`; or a limit of what is fetched where nothing is.
+    """
+    data, state = config.data, PartialState()
+    assert data.stream is not None
+    answer: dict[str, Any] = {}
+    if state.is_main_process:
+        try:
+            answer = {"listings": {name: one.plain() for name, one in _listed(data, commits or {}).items()}}
+        except (ValueError, OSError) as error:
+            if state.num_processes == 1:
+                raise
+            answer = {"error": str(error)}
+    answer = from_main(answer)
+    if "error" in answer:  # the others would wait for a process that is gone
+        raise ValueError(answer["error"])
+    listings = {name: HubListing.of_plain(one) for name, one in answer["listings"].items()}
+    cache = _cache(config, data.stream.max_disk_gb, is_needed=bool(listings))
+    return Shards.of(data.train, data.root, data.reader, listings=listings, cache=cache)
+
+
+def _cache(config: RunConfig, max_disk_gb: float | None, *, is_needed: bool) -> HubCache | None:
+    """Make the cache of this process where it has one of its own; what a killed run left of others is deleted."""
+    folder, state = Path(config.train.out).expanduser() / POOLS, PartialState()
+    for left in folder.glob(f"{FETCHED}*"):
+        if int(left.name.removeprefix(FETCHED)) % state.num_processes == state.process_index:
+            shutil.rmtree(left)
+    if max_disk_gb is None:
+        return None
+    if not is_needed:
+        raise ValueError("data.stream.max_disk_gb limits what is fetched of a hub, and data.train names none of it")
+    return HubCache(folder / f"{FETCHED}{state.process_index}", int(max_disk_gb * 1e9))
+
+
+def _listed(data: DataConfig, commits: Mapping[str, str]) -> dict[str, HubListing]:
+    """List what `data.train` names of a hub, by name."""
+    listings = {}
+    for name in data.train:
+        if hub_name(name, data.reader) is None:
+            continue
+        listing = listings[name] = list_shards(name, data.reader, commits.get(name))
+        logger.info(
+            "%s: %d shards, %.3g GB, of commit %s",
+            *(name, len(listing.files), sum(size for _, size in listing.files) / 1e9, listing.commit),
+        )
+    return listings
 
 
 def first_samples(shards: Shards, processor: ElasticProcessor, config: DataConfig, seed: int) -> list[Sample]:
@@ -47,11 +110,13 @@ def first_samples(shards: Shards, processor: ElasticProcessor, config: DataConfi
         ValueError: too many of them have nothing to learn.
     """
     assert config.stream is not None
-    seen = list(islice(shards.samples(seed, num_epochs=1), config.stream.shuffle_samples))
+    with closing(shards.samples(seed, num_epochs=1)) as stream:
+        seen = list(islice(stream, config.stream.shuffle_samples))
+        samples = [one.sample for one in seen if isinstance(one.sample, Sample)]
+        measured = _measured(samples, processor, config)
     if not seen:
-        raise ValueError(f"data.train: there is no sample in {len(shards.files)} shards, such as {shards.files[0]}")
-    samples = [one.sample for one in seen if isinstance(one.sample, Sample)]
-    measured = _measured(samples, processor, config)
+        some = shards.shards
+        raise ValueError(f"data.train: there is no sample in {len(some)} shards, such as {some[0].name}")
     bad = [one.sample.reason for one in seen if isinstance(one.sample, SkippedSample)]
     pairs = list(zip(samples, measured, strict=True))
     bad += [f"sample {sample.id!r}: {one}" for sample, one in pairs if isinstance(one, ValueError)]
@@ -63,7 +128,7 @@ def first_samples(shards: Shards, processor: ElasticProcessor, config: DataConfi
         raise ManyLines("\n".join([*first_lines(bad), summary]))
     good = [(sample, one) for sample, one in pairs if isinstance(one, SampleTokens)]
     ids, targets = [sample.id for sample, _ in good], [one.num_targets for _, one in good]
-    logger.info("the first samples of %d shards: %s", len(shards.files), target_report(ids, targets))
+    logger.info("the first samples of %d shards: %s", len(shards.shards), target_report(ids, targets))
     check_targets(ids, targets, config.max_unsupervised_fraction)
     return [sample for sample, _ in good]
 

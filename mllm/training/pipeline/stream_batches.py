@@ -7,12 +7,15 @@ A pool is cut into batches of similar length, and nothing of it is left for the 
 of the seed and of the position that it begins at. These positions are noted in the run folder, and a run that is
 resumed begins with the pool it was in; without the notes it makes all pools again and ends up at the same place.
 
-Batches hold texts and say where media lie; the processes that load them get them from the one that plans.
+Batches hold texts and say where media lie; the processes that load them get them from the one that plans. So a shard
+is let go when the batches of the last pool with samples of it are loaded, which shows by how many were chosen since.
 
 Knows samples, their tokens and the `data` block of a run config. Does not load media.
 """
 
 import json
+import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle, islice, repeat
@@ -28,6 +31,7 @@ from mllm.data.shard_stream import Position, Shards, StreamedSample
 from mllm.data.shared_media import parts_that_fit
 from mllm.data.skipped import MIN_SEEN, SkippedSample
 from mllm.training.pipeline.batches import RankSlots
+from mllm.training.pipeline.worker_process import max_unloaded
 from mllm.utils.files import write_text_whole, writing
 from mllm.utils.random_generator import random_generator
 
@@ -165,6 +169,9 @@ class StreamBatches(Sampler[StreamedBatch]):
         self.count_tokens = count_tokens
         self.limits = {"max_tokens": config.tokens_per_batch, "max_rows": config.max_rows}
         self.pool_size = config.stream.shuffle_samples
+        self.num_ahead = config.stream.shards_ahead
+        # What comes again and again is never done with.
+        self.max_unloaded = max_unloaded(config.num_workers) if num_repeated is None else math.inf
         self.seed = seed
         self.slots = slots
         self.notes = notes
@@ -193,8 +200,9 @@ class StreamBatches(Sampler[StreamedBatch]):
         num_before, start = self.notes.begin(slot, start_step)
         yield from repeat(StreamedBatch(), num_before)
         num_slots = self.slots.num_ranks * self.slots.accumulation
-        samples = self.shards.samples(self.seed, slot=slot, num_slots=num_slots, start=start)
+        samples = self.shards.samples(self.seed, slot=slot, num_slots=num_slots, start=start, num_ahead=self.num_ahead)
         pool = self._read(samples, Pool(), self.pool_size)
+        ended: deque[tuple[int, int]] = deque()
         while True:
             assert pool.start is not None
             if not pool.rows and len(pool.skipped) < MIN_SEEN:  # too little to judge by
@@ -203,10 +211,14 @@ class StreamBatches(Sampler[StreamedBatch]):
             self.notes.note(slot, num_before, pool.start)
             following = Pool()
             for batch in self._batches(pool):
+                while ended and num_before - ended[0][0] >= self.max_unloaded:
+                    samples.let_go_before(ended.popleft()[1])
                 yield batch
                 num_before += 1
                 following = self._read(samples, following, min(len(following) + 2 * len(batch.rows), self.pool_size))
             pool = self._read(samples, following, self.pool_size)
+            assert pool.start is not None
+            ended.append((num_before, pool.start.unit))
 
     def _read(self, samples: Iterator[StreamedSample], pool: Pool, size: int) -> Pool:
         """Read samples into a pool until there are so many, and count their tokens."""

@@ -20,6 +20,8 @@ from mllm.training.watchdog import stacks_of_this_process
 from mllm.utils.activity import current_activity
 
 SECONDS_BETWEEN_LOOKS = 1.0
+BATCHES_PER_WORKER = 2
+"""How many a worker is given at once."""
 
 
 class WorkerProcess(multiprocessing.Process):
@@ -48,7 +50,19 @@ def worker_options(num_workers: int) -> dict[str, Any]:
     context: BaseContext | None = None
     if num_workers and hasattr(signal, "sigtimedwait"):
         context = WorkerContext(multiprocessing.get_context())
-    return {"num_workers": num_workers, "worker_init_fn": prepare_worker, "multiprocessing_context": context}
+    return {
+        "num_workers": num_workers,
+        "worker_init_fn": prepare_worker,
+        "multiprocessing_context": context,
+        "prefetch_factor": BATCHES_PER_WORKER if num_workers else None,
+    }
+
+
+def max_unloaded(num_workers: int) -> int:
+    """Return how many batches that were chosen may not be loaded when the next one is: none where the training process
+    itself loads.
+    """
+    return BATCHES_PER_WORKER * num_workers
 
 
 def prepare_worker(worker: int) -> None:
