@@ -133,5 +133,6 @@ def zero_padding_features(features: Tensor, lengths: Tensor) -> Tensor:
 def zero_padding_tokens(soft: Tensor, tokens: Tensor, max_tokens: int) -> Tensor:
     """Puts zeros beyond each item's count, and pads to `max_tokens`: (N, k, H) with k <= K -> (N, K, H)."""
     is_token = torch.arange(max_tokens, device=soft.device) < tokens[:, None]
-    soft = functional.pad(soft, (0, 0, 0, max_tokens - soft.shape[1]))
+    if soft.shape[1] < max_tokens:  # torch copies what it pads by none
+        soft = functional.pad(soft, (0, 0, 0, max_tokens - soft.shape[1]))
     return soft.masked_fill(~is_token[..., None], 0.0)

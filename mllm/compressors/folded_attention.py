@@ -2,10 +2,10 @@
 
 Knows the weights of one cross-attention and its projection. Does not know budgets beyond the number of queries.
 
-With z the normed features without scale and shift, head h of the unfolded module gives A_h (z diag(g) W_h^T + c_h),
-where A_h = softmax(Q_h K_h^T / sqrt(d)) depends on weights alone and its rows sum to 1. Hence A_h is kept, the norm's
-scale g goes into the value weights, its shift and all biases into one constant vector, and the output projection and
-the projection to the LLM, which follow each other without anything between, become one matrix. Nothing is approximated.
+With z the normed features, head h of the unfolded module gives A_h (z W_h^T + c_h), where A_h = softmax(Q_h K_h^T /
+sqrt(d)) depends on weights alone and its rows sum to 1. Hence A_h is kept, all biases go into one constant vector, and
+the output projection and the projection to the LLM, which follow each other without anything between, become one
+matrix. Nothing is approximated. The norm's scale and shift stay with the norm: torch has no faster one without them.
 
 Which product comes first depends on the number of tokens n: pooling z per head and projecting what was pooled takes
 n h T C + n C C multiply-adds, projecting all features and pooling values T C C + n T C. The cheaper one runs.
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 
@@ -29,25 +29,26 @@ class Folded:
 
     Args:
         attention: (h, M, T).
-        value: (C, C), rows by head.
-        output: (C, H).
+        value: (C, C), rows by head; the module's own weights.
+        value_by_head: (h, C, d), the same in the order that is read fastest where few tokens are projected.
+        output: (H, C).
         constant: (H,).
     """
 
     attention: Tensor
     value: Tensor
+    value_by_head: Tensor
     output: Tensor
     constant: Tensor
 
     @classmethod
-    def of(cls, attn: Any, query: Tensor, key: Tensor, norm: nn.LayerNorm, proj: Tensor) -> "Folded":
+    def of(cls, attn: Any, query: Tensor, key: Tensor, proj: Tensor) -> "Folded":
         """Folds in float32 or better and keeps the result in the dtype of the weights.
 
         Args:
             attn: a `CrossAttention`.
             query: (M, C), normed.
             key: (T, C), normed.
-            norm: the norm of the values.
             proj: (C, H).
         """
         # Products of weights would add a rounding error that the unfolded module does not make.
@@ -58,28 +59,32 @@ class Folded:
             for states, weight, bias in zip((query, key), weights, biases, strict=False)
         )
         attention_hMT = (queries @ keys.mT * queries.shape[-1] ** -0.5).softmax(dim=-1)
-        output_CH = attn.out_proj.weight.to(wide).T @ proj.to(wide)
-        # Rows of the attention sum to 1, so a shift of every value passes through it unchanged: the norm's shift and
-        # the biases need no features, and end in one vector that is added to every token.
-        shift_C = weights[2] @ norm.bias.to(wide) + biases[2]
-        constant_H = shift_C @ output_CH + attn.out_proj.bias.to(wide) @ proj.to(wide)
-        # The norm's scale acts on the columns of the value weights.
-        value_CC = weights[2] * norm.weight.to(wide)
-        return cls(*(part.to(proj.dtype) for part in (attention_hMT, value_CC, output_CH, constant_H)))
+        output_HC = proj.to(wide).T @ attn.out_proj.weight.to(wide)
+        # Rows of the attention sum to 1, so a shift of every value passes through it unchanged: the biases need no
+        # features, and end in one vector that is added to every token.
+        constant_H = output_HC @ biases[2] + attn.out_proj.bias.to(wide) @ proj.to(wide)
+        value_CC = attn.in_proj_weight.chunk(3)[2]
+        return cls(
+            attention=attention_hMT.to(proj.dtype),
+            value=value_CC,
+            value_by_head=value_CC.unflatten(0, (attn.num_heads, -1)).mT.contiguous(),
+            output=output_HC.to(proj.dtype),
+            constant=constant_H.to(proj.dtype),
+        )
 
     def __call__(self, normed: Tensor, num_tokens: int) -> Tensor:
-        """Reads features (N, T, C), normed without scale and shift, with the first n queries: (N, n, H)."""
+        """Reads normed features (N, T, C) with the first n queries: (N, n, H)."""
         attention = self.attention[:, :num_tokens]
         heads, count, length = attention.shape
         size = normed.shape[2]
         if pools_first(count, num_heads=heads, length=length, size=size):
             # Every head pools the whole features, (N, h * n, C), and only what is left is projected to its d values.
             pooled_NhnC = (attention.flatten(0, 1) @ normed).unflatten(1, (heads, count))
-            read_Nhnd = pooled_NhnC @ self.value.unflatten(0, (heads, -1)).mT
+            read_Nhnd = pooled_NhnC @ self.value_by_head
         else:
             # All features are projected to values, and every head pools its d of them.
             read_Nhnd = attention @ functional.linear(normed, self.value).unflatten(2, (heads, -1)).transpose(1, 2)
-        return read_Nhnd.transpose(1, 2).flatten(2) @ self.output + self.constant
+        return functional.linear(read_Nhnd.transpose(1, 2).flatten(2), self.output, self.constant)
 
 
 def pools_first(num_tokens: int, *, num_heads: int, length: int, size: int) -> bool:

@@ -166,8 +166,7 @@ class Query(Compressor):
             read = self._read(zero_padding_features(features, lengths), mask, positions, num_queries=max_tokens)
         elif self.keys == "position" and not self.training and can_fold(weights := tuple(self.parameters())):
             folded = self._folds.get(weights, self._fold)
-            normed = functional.layer_norm(self.kv_proj(features), (self.query.shape[1],), eps=self.ln_v.eps)
-            return zero_padding_tokens(folded(normed, max_tokens), tokens, max_tokens)
+            return zero_padding_tokens(folded(self.ln_v(self.kv_proj(features)), max_tokens), tokens, max_tokens)
         else:
             read = self._read(features, num_queries=max_tokens)
         return zero_padding_tokens(read @ self.proj, tokens, max_tokens)
@@ -223,7 +222,7 @@ class Query(Compressor):
 
     def _fold(self) -> Folded:
         query, key = self.ln_q(self.query + self.pos_embed), self.ln_k(self.key_positions())
-        return Folded.of(self.attn, query, key, self.ln_v, self.proj)
+        return Folded.of(self.attn, query, key, self.proj)
 
     def _read(
         self,
