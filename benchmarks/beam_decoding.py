@@ -26,12 +26,12 @@ from outcomes import Outcome, append, timed
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import GenerationMixin, LlamaConfig, WhisperConfig
+from transformers import GenerationMixin, LlamaConfig, PreTrainedConfig, WhisperConfig
 from turns import in_turns, options, spread, unprepared
 
 from mllm.budget import Budget
 from mllm.checkpoints.build import config_of_parts
-from mllm.config.medium import AudioConfig, AudioEncoderConfig
+from mllm.config.medium import AudioConfig, AudioEncoderConfig, VideoConfig
 from mllm.config.model import ModelConfig
 from mllm.config.processor import ProcessorConfig
 from mllm.data.manifest import Media, Message, Sample, Text
@@ -74,9 +74,16 @@ def _resident(key: str) -> int:
 
 
 def build_model(
-    device: torch.device, dtype: torch.dtype, rates: Sequence[int] = RATES
+    device: torch.device,
+    dtype: torch.dtype,
+    rates: Sequence[int] = RATES,
+    video: tuple[VideoConfig, PreTrainedConfig] | None = None,
 ) -> tuple[ElasticForConditionalGeneration, ElasticProcessor]:
-    """Build the model of the head of this file, and its processor."""
+    """Build the model of the head of this file, and its processor.
+
+    Args:
+        video: videos and their encoder, where it reads those too.
+    """
     tokenizer = build_tokenizer()
     audio = WhisperConfig(
         d_model=512, encoder_layers=6, encoder_attention_heads=8, encoder_ffn_dim=2048, decoder_layers=1
@@ -93,14 +100,18 @@ def build_model(
     )
     encoder = AudioEncoderConfig(source="random")
     medium = AudioConfig(encoder=encoder, budgets=[f"/{rate}" for rate in rates])
-    settings = ModelConfig(llm="random", chat_format="plain", audio=medium)
-    placeholder_ids = {"audio": cast(int, tokenizer.convert_tokens_to_ids(PLACEHOLDER_TOKENS["audio"]))}
+    settings = ModelConfig(llm="random", chat_format="plain", audio=medium, video=None if video is None else video[0])
+    encoders: dict[str, PreTrainedConfig] = {"audio": audio} | ({} if video is None else {"video": video[1]})
+    placeholder_ids = {
+        medium: cast(int, tokenizer.convert_tokens_to_ids(PLACEHOLDER_TOKENS[medium])) for medium in encoders
+    }
     torch.manual_seed(0)
     model: Any = ElasticForConditionalGeneration(
-        config_of_parts(settings, text_config=text, encoder_configs={"audio": audio}, placeholder_ids=placeholder_ids)
+        config_of_parts(settings, text_config=text, encoder_configs=encoders, placeholder_ids=placeholder_ids)
     )
     extractor = {"feature_size": 80, "feature_extractor_type": "WhisperFeatureExtractor"}
-    kept = ProcessorConfig(chat_format="plain", preprocessors={"audio": extractor})
+    preprocessors = {"audio": extractor} | ({} if video is None else {"video": {}})
+    kept = ProcessorConfig(chat_format="plain", preprocessors=preprocessors)
     processor = ElasticProcessor(tokenizer, model.config, kept)
     return model.to(device=device, dtype=dtype).eval(), processor
 
