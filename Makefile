@@ -178,7 +178,7 @@ types: $(VENV)/dev.stamp
 ## make check      ruff, pyright and the fast tests
 check: lint types test
 
-## make bench      every benchmark, and one table of what they found beside their goals in runs/bench: 20 idle minutes
+## make bench      every benchmark, and one table of what they found beside their goals in runs/bench: half an idle hour
 bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/all_goals.py
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from pooled_step import VISION
 from side_by_side import (
     Budget,
     Compared,
@@ -28,7 +29,6 @@ from side_by_side import (
 )
 from torch import Tensor
 from torch.nn import functional
-from transformers import CLIPVisionConfig
 from turns import options
 
 from mllm.compressors import Query
@@ -48,19 +48,11 @@ GOAL = 1.9
 
 def example() -> tuple[ElasticForConditionalGeneration, ElasticProcessor, Batch]:
     """Build the model of the head of this file and its one sample."""
-    vision = CLIPVisionConfig(
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        image_size=336,
-        patch_size=14,
-    )
     encoder = ImageEncoderConfig(source="random")
     medium = ImageConfig(encoder=encoder, compressor=ImageQueryConfig(num_queries=256), budgets=list(COUNTS))
     lora = LoraConfig(rank=16, targets=["q_proj", "v_proj"])
     model, processor = build(
-        ModelConfig(llm="random", chat_format="plain", image=medium, adapter=lora), {"image": vision}
+        ModelConfig(llm="random", chat_format="plain", image=medium, adapter=lora), {"image": VISION}
     )
     image = LoadedMedia("image", torch.randn(3, 336, 336, generator=torch.Generator().manual_seed(1)))
     return model, processor, rows_of(processor, [([words(SYSTEM), image, words(QUESTION)], words(ANSWER))])

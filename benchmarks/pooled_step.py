@@ -14,6 +14,7 @@ answer. Losses and all gradients must agree to 1e-5 before anything is timed. A 
 the LLM again in the backward pass in every way, as M3's finetune.sh does.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -38,6 +39,7 @@ from mllm.config.medium import ImageConfig, ImageEncoderConfig, MlpConfig
 from mllm.config.model import LoraConfig, ModelConfig
 from mllm.evaluation.flops import Item, compressor_flops, encoder_flops, llm_flops
 from mllm.model.modeling import ElasticForConditionalGeneration
+from mllm.model.trainables import set_trainables
 from mllm.processing.batch import Batch
 from mllm.processing.processor import ElasticProcessor, LoadedMedia
 from mllm.training.step import BudgetView, fixed_views, make_training_batch, split_by_budget, tokens_of_views
@@ -49,24 +51,40 @@ GOALS = {"packed": 1.6}
 GOALS_COMPUTED_AGAIN = {"memory low": 1.3}
 
 
-def example(**text: int) -> tuple[ElasticForConditionalGeneration, ElasticProcessor, Batch]:
-    """Build the model of the head of this file, `text` changed in its LLM's config, and its one sample."""
-    vision = CLIPVisionConfig(
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        image_size=336,
-        patch_size=14,
-    )
+VISION = CLIPVisionConfig(
+    hidden_size=256,
+    intermediate_size=1024,
+    num_hidden_layers=5,
+    num_attention_heads=4,
+    image_size=336,
+    patch_size=14,
+)
+LORA = LoraConfig(rank=16, targets=["q_proj", "v_proj"])
+
+
+def example(
+    adapter: LoraConfig | None = LORA, rows: Sequence[tuple[int, int, int]] = ((SYSTEM, QUESTION, ANSWER),), **text: int
+) -> tuple[ElasticForConditionalGeneration, ElasticProcessor, Batch]:
+    """Build the model of the head of this file and its one sample.
+
+    Args:
+        adapter: None where the whole LLM trains.
+        rows: tokens of system prompt, question and answer of each sample.
+        text: what is changed in the LLM's config.
+    """
     encoder, projector = ImageEncoderConfig(source="random"), MlpConfig(before_pooling=True)
     medium = ImageConfig(encoder=encoder, projector=projector, budgets=list(SCALES))
-    lora = LoraConfig(rank=16, targets=["q_proj", "v_proj"])
     model, processor = build(
-        ModelConfig(llm="random", chat_format="plain", image=medium, adapter=lora), {"image": vision}, **text
+        ModelConfig(llm="random", chat_format="plain", image=medium, adapter=adapter), {"image": VISION}, **text
     )
-    image = LoadedMedia("image", torch.randn(3, 336, 336, generator=torch.Generator().manual_seed(1)))
-    return model, processor, rows_of(processor, [([words(SYSTEM), image, words(QUESTION)], words(ANSWER))])
+    if adapter is None:
+        set_trainables(model, ("compressors", "llm"))
+    generator = torch.Generator().manual_seed(1)
+    samples = []
+    for system, question, answer in rows:
+        image = LoadedMedia("image", torch.randn(3, 336, 336, generator=generator))
+        samples.append(([words(system), image, words(question)], words(answer)))
+    return model, processor, rows_of(processor, samples)
 
 
 def m3_step(model: ElasticForConditionalGeneration, processor: ElasticProcessor, batch: Batch) -> float:
@@ -108,13 +126,14 @@ def predicted(
     """Count FLOPs by the model of costs: what is frozen goes forward, or forward and back; the projector learns.
 
     Args:
-        passes_of_llm: 2, or 3 where its layers are computed again.
+        passes_of_llm: 2, or 3 where it learns as a whole; one more where its layers are computed again.
     """
-    config = model.config
+    config, rows = model.config, len(batch.rows)
     medium = config.media["image"]
-    encoder = encoder_flops(config.encoder_configs["image"], Item("image", 576, 576), medium.encoder)
-    projector = compressor_flops(medium, Item("image", 576, 1), in_size=256, out_size=512)
-    lengths = [len(batch.rows[0].ids) - 1 + scale for scale in SCALES]
+    encoder = rows * encoder_flops(config.encoder_configs["image"], Item("image", 576, 576), medium.encoder)
+    projector = rows * compressor_flops(medium, Item("image", 576, 1), in_size=256, out_size=512)
+    longest = max(len(row.ids) for row in batch.rows)  # M3 pads the rows of a batch
+    lengths = rows * [longest - 1 + scale for scale in SCALES]
     passes = [llm_flops(config.text_config, num_tokens=n, num_logits=n, adapter=config.adapter) for n in lengths]
     views = fixed_views(batch.rows, BUDGETS)
     groups = split_by_budget(views, tokens_of_views(batch.rows, views, processor.space))

@@ -82,12 +82,18 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> str:
 
 
 def options(
-    doc: str | None, repeats: int | None, *, with_device: bool = False, **counts: int | Sequence[int]
+    doc: str | None,
+    repeats: int | None,
+    *,
+    with_device: bool = False,
+    folders: Mapping[str, str] | None = None,
+    **counts: int | Sequence[int],
 ) -> argparse.Namespace:
     """Read what benchmarks take on the command line, and set the number of threads.
 
     Args:
         repeats: times that count, by default, at least 2; None where nothing is timed, and the option is ignored.
+        folders: options that name a folder, None when left out, with their help.
         counts: further whole numbers, or lists of them, by name, with their defaults.
         with_device: also take a device and a dtype.
     """
@@ -97,6 +103,8 @@ def options(
     for name, default in {"threads": 1, **counts}.items():
         shape: dict[str, Any] = {} if isinstance(default, int) else {"nargs": "+"}
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, **shape)
+    for name, text in (folders or {}).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=Path, metavar="FOLDER", help=text)
     if with_device:
         parser.add_argument("--device", default="cpu")
         parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

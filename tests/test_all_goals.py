@@ -22,6 +22,7 @@ LEAST: dict[str, list[str]] = {
     "host_budgets": ["--side", "112", "--new-tokens", "2"],
     "merged_adapter": ["--new-tokens", "4"],
     "rank_balance": ["--samples", "500"],
+    "task_sweep": ["--beams", "3", "--new-tokens", "4"],
     "serving": ["--requests", "8", "--clients", "1", "4"],
 }
 """Smaller sizes of what would take minutes."""
@@ -50,7 +51,7 @@ def test_a_benchmark_runs_and_hands_on_outcomes(name: str, tmp_path: Path) -> No
 
 
 def test_every_file_of_the_folder_is_a_benchmark_or_known_as_a_part() -> None:
-    parts = {"all_goals", "outcomes", "side_by_side", "turns", *all_goals.ALONE}
+    parts = {"all_goals", "checkouts", "outcomes", "side_by_side", "turns", *all_goals.ALONE}
     assert {path.stem for path in all_goals.FOLDER.glob("*.py")} == parts | set(all_goals.benchmarks())
 
 
