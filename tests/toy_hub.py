@@ -181,15 +181,14 @@ def serving() -> Iterator[ToyHub]:
     """Run a hub on loopback."""
     hub = ToyHub()
     handler = type("Bound", (Handler,), {"hub": hub})
-    servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
-    hub.endpoint, hub.storage = (f"http://127.0.0.1:{server.server_port}" for server in servers)
-    for server in servers:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    # Another name of the same host: clients go on to a host of the same name by themselves, and to others not.
+    hub.endpoint, hub.storage = (f"http://{name}:{server.server_port}" for name in ("127.0.0.1", "localhost"))
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     yield hub
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    server.shutdown()
+    server.server_close()
 
 
 def use(hub: ToyHub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,4 +203,9 @@ def use(hub: ToyHub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def environment_of(hub: ToyHub, cache: Path) -> dict[str, str]:
     """What lets another process ask it."""
-    return {"HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    return {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HUB_CACHE": str(cache),
+        "HF_HUB_OFFLINE": "0",
+        "NO_PROXY": "127.0.0.1,localhost",
+    }

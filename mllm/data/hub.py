@@ -170,7 +170,13 @@ def _files(name: str, repo: str, revision: str | None, suffix: str) -> tuple[str
             file.path: file.size for file in tree if isinstance(file, RepoFile) and file.path.endswith(suffix)
         }
 
-    return several_tries(f"data.train names {name}", repo, revision, ask)
+    return several_tries(_called(name), repo, revision, ask)
+
+
+def _called(name: str) -> str:
+    """Return what messages call a name, which may be that of a folder as well."""
+    here = "" if name.startswith(ADDRESS) else ", which is no file or folder here"
+    return f"data.train names {name}{here}"
 
 
 def _cached_files(name: str, repo: str, revision: str | None, suffix: str) -> tuple[str, dict[str, int]]:
@@ -185,7 +191,7 @@ def _cached_files(name: str, repo: str, revision: str | None, suffix: str) -> tu
         )
     except OSError as error:
         raise ConnectionError(
-            f"data.train names {name}, HF_HUB_OFFLINE is set, and the cache does not hold {repo} whole: {error}. Unset "
+            f"{_called(name)}: HF_HUB_OFFLINE is set, and the cache does not hold {repo} whole: {error}. Unset "
             f"HF_HUB_OFFLINE, or fetch it where there is a network: hf download --repo-type dataset {repo}"
         ) from error
     files = {file.relative_to(folder).as_posix(): file.stat().st_size for file in folder.rglob(f"*{suffix}")}
@@ -244,7 +250,7 @@ def _refusal(what: str, repo: str, revision: str | None, error: Exception) -> Ex
         return PermissionError(f"{what}: {repo} is gated; ask for access on {page}, then {_LOGIN}")
     if isinstance(error, errors.RepositoryNotFoundError):
         return FileNotFoundError(
-            f"{what}: there is no such file or folder, and no data set {repo} on the hub; if it is private, {_LOGIN}"
+            f"{what}: the hub has no data set {repo}, or does not show it to this account; if it is private, {_LOGIN}"
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return FileNotFoundError(f"{what}: {repo} has no revision {revision}; {page}/tree/main shows those it has")

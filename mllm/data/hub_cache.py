@@ -51,6 +51,30 @@ class _Fetch:
     result: "Future[tuple[Path, Path]]" = field(default_factory=Future)
 
 
+def counting(fetch: _Fetch, stop: threading.Event) -> type[tqdm]:
+    """Make the class of the bars that the client shows, which counts bytes and shows nothing beside a training's.
+
+    Args:
+        stop: ends the fetch at the next bytes where it is set.
+    """
+
+    class Progress(tqdm):  # pyright: ignore[reportMissingTypeArgument]
+        """Counts what one bar would show; the client has two where it fetches by hf_xet, of bytes that come and that
+        are written.
+        """
+
+        def __init__(self, *arguments: object, **options: object) -> None:
+            super().__init__(disable=True)
+
+        def update(self, n: float | None = 1) -> None:
+            if stop.is_set():
+                raise Stopped
+            self.n += n or 0
+            fetch.num_bytes_here = max(fetch.num_bytes_here, int(self.n))
+
+    return Progress
+
+
 class Stopped(BaseException):
     """Ends a fetch whose process ends; no error, since nobody waits for it any more."""
 
@@ -165,21 +189,7 @@ class HubCache:
 
     def _fetched(self, fetch: _Fetch) -> tuple[Path, Path]:
         shard, stop = fetch.shard, self._stop
-
-        class Progress(tqdm):  # pyright: ignore[reportMissingTypeArgument]
-            """Counts bytes and shows nothing, since it runs beside the bar of the training."""
-
-            def __init__(self, *arguments: object, **options: object) -> None:
-                super().__init__(disable=True)
-                fetch.num_bytes_here = 0
-
-            def update(self, n: float | None = 1) -> None:
-                if stop.is_set():
-                    raise Stopped
-                fetch.num_bytes_here += int(n or 0)
-
-            def update_transfer(self, n: float | None = 1) -> None:
-                """Leave out bytes of the network, which hf_xet counts beside those that it writes."""
+        progress = counting(fetch, stop)
 
         def download() -> Path:
             if stop.is_set():
@@ -190,7 +200,7 @@ class HubCache:
                 repo_type="dataset",
                 revision=shard.commit,
                 local_dir=self.folder,
-                tqdm_class=Progress,
+                tqdm_class=progress,
             )
             if (size := os.path.getsize(file)) != shard.num_bytes:
                 raise OSError(

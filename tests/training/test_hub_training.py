@@ -83,8 +83,12 @@ def test_a_run_equals_that_on_the_same_shards_and_goes_on_at_its_commit(
 
 def test_a_limit_is_met_or_refused(world: Path, hub: ToyHub, tmp_path: Path) -> None:
     stream = {"shuffle_samples": 4, "max_disk_gb": 1e-5}
+    left = tmp_path / "run" / "stream" / "shards-5"  # by a run of more processes that was killed
+    left.mkdir(parents=True)
+    (left / "000000.tar").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"data.stream.max_disk_gb is 1e-05, and .* does not fit; raise it, or lower"):
         train(on_hub(world, tmp_path / "run", data={"stream": stream}))
+    assert not left.exists()
     with pytest.raises(ValueError, match=r"max_disk_gb limits what is fetched of a hub, and data.train names none"):
         train(values_of(world, tmp_path / "disk", data={"stream": stream}))
     stream = {"shuffle_samples": 4, "max_disk_gb": 0.01}
