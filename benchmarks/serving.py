@@ -239,7 +239,7 @@ def turn_of(way: Way, bodies: Sequence[dict[str, Any]], clients: int) -> Turn:
 
 def commands_of(arguments: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
     """Say how the servers are started, by their names; the first is the one the others are compared with."""
-    from mllm.checkpoints.load import export
+    from mllm.checkpoints.export import export
 
     model = write_model(folder)
     serve = [sys.executable, "-m", "mllm", "serve", "--port", "0", "--threads", str(arguments.threads)]

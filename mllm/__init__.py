@@ -16,7 +16,7 @@ _LAZY = {
     "ElasticConfig": "mllm.model.configuration",
     "ElasticForConditionalGeneration": "mllm.model.modeling",
     "ElasticProcessor": "mllm.processing.processor",
-    "export": "mllm.checkpoints.load",
+    "export": "mllm.checkpoints.export",
     "load": "mllm.checkpoints.load",
     "load_router": "mllm.router.router",
     "register": "mllm.checkpoints.auto_classes",

@@ -102,7 +102,7 @@ def read_gguf_tokenizer(file: Path, **options: Any) -> Any:
 class GgufTensors:
     """Holds the tensors of an open GGUF file under the names that a model of transformers gives them.
 
-    It is read as an open safetensors file is: `keys`, `get_slice`, `get_tensor`.
+    It is read as any other open file of tensors, see `mllm.checkpoints.part_files.TensorFile`.
 
     Args:
         file: the file.
@@ -128,15 +128,19 @@ class GgufTensors:
                 f"({len(unread)} of {len(reader.tensors)} tensors); take the model as safetensors"
             )
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         """List the names of all tensors."""
         return list(self._stored)
 
-    def get_slice(self, name: str) -> "GgufShape":
-        """Return what tells the shape of a tensor without reading it."""
-        return GgufShape(tuple(int(size) for size in reversed(self._stored[name].shape)))
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor without reading it."""
+        return tuple(int(size) for size in reversed(self._stored[name].shape))
 
-    def get_tensor(self, name: str) -> Tensor:
+    def mapped(self, name: str) -> Tensor:
+        """Dequantise a tensor, as `read`: its numbers are nowhere in the file."""
+        return self.read(name)
+
+    def read(self, name: str) -> Tensor:
         """Dequantise a tensor.
 
         Raises:
@@ -157,14 +161,3 @@ class GgufTensors:
         )
         # What was not quantised is still the file's own pages, which nobody may write to.
         return torch.from_numpy(np.require(plain.weights, requirements=["C", "W"])).to(self._dtype)
-
-
-class GgufShape:
-    """Tells the shape of a tensor, as a slice of a safetensors file does."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self._shape = shape
-
-    def get_shape(self) -> list[int]:
-        """Return the shape."""
-        return list(self._shape)

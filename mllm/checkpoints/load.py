@@ -1,4 +1,4 @@
-"""Reads and writes runs, what was trained and what it stands on, and standalone exports.
+"""Reads and writes runs, what was trained and what it stands on; reads standalone exports, which `export.py` writes.
 
 Knows folders and names of parameters. Does not know training state; that is `training/checkpoint.py`.
 
@@ -9,24 +9,23 @@ the processor's files. Nothing is ever unpickled.
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Literal, cast
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from mllm.adapters import merge_adapters, select_experts
 from mllm.checkpoints.audio_padding import set_audio_padding
 from mllm.checkpoints.auto_classes import register
 from mllm.checkpoints.build import assemble
-from mllm.checkpoints.expert_folders import read_experts, write_experts
+from mllm.checkpoints.deferred import DeferredWeights
+from mllm.checkpoints.expert_folders import read_experts
+from mllm.checkpoints.part_files import SafetensorsFile, StoredTensor
 from mllm.checkpoints.peft_folders import write_adapters
 from mllm.checkpoints.pretrained import check_layer_counts, known_attention, load_checked
 from mllm.checkpoints.sources import find_parts, seen_from
-from mllm.checkpoints.tensor_files import num_bytes_of, write_model, write_tensors
+from mllm.checkpoints.tensor_files import num_bytes_of, write_tensors
 from mllm.config.model import GatedLoraConfig, LoraBankConfig, MomeConfig
 from mllm.config.model_options import ModelOptions
 from mllm.media import MediaLimits
@@ -36,7 +35,7 @@ from mllm.model.precision import read_dtype
 from mllm.model.trainables import set_trainables, trainable_names
 from mllm.processing.processor import ElasticProcessor
 from mllm.utils.fail_points import fail_point
-from mllm.utils.files import flush_to_disk, folder_aside, new_folder
+from mllm.utils.files import flush_to_disk, folder_aside
 from mllm.utils.run_paths import MODEL_ASIDE, NEWEST, PROCESSOR, model_folder, run_of
 from mllm.utils.sealing import MANIFEST, check_before_load, files_below, renew_seal, seal_folder, unchecked
 
@@ -132,21 +131,21 @@ def load_trainables(model: nn.Module, path: Path, names: Iterable[str]) -> None:
     Raises:
         ValueError: parameters that are missing, unexpected, of another shape or empty; every one is named.
     """
-    expected = set(names)
-    with safe_open(path, framework="pt") as file:
-        stored = set(file.keys())
-        problems = [f"missing {name}" for name in sorted(expected - stored)]
-        problems += [f"unexpected {name}" for name in sorted(stored - expected)]
-        parameters = dict(model.named_parameters())
-        for name in sorted(expected & stored):
-            shape, wanted = tuple(file.get_slice(name).get_shape()), tuple(parameters[name].shape)
-            if shape != wanted or 0 in shape:
-                problems.append(f"{name} has shape {shape}, the model has {wanted}")
-        if problems:
-            raise ValueError(f"{path} does not fit the model: {'; '.join(problems)}")
-        with torch.no_grad():
-            for name in expected:
-                parameters[name].copy_(file.get_tensor(name))
+    expected, file = set(names), SafetensorsFile(path)
+    stored = set(file.names())
+    problems = [f"missing {name}" for name in sorted(expected - stored)]
+    problems += [f"unexpected {name}" for name in sorted(stored - expected)]
+    parameters = dict(model.named_parameters())
+    for name in sorted(expected & stored):
+        shape, wanted = file.shape_of(name), tuple(parameters[name].shape)
+        if shape != wanted or 0 in shape:
+            problems.append(f"{name} has shape {shape}, the model has {wanted}")
+    if problems:
+        raise ValueError(f"{path} does not fit the model: {'; '.join(problems)}")
+    weights = DeferredWeights.current()
+    with torch.no_grad():
+        for name in expected:
+            parameters[name].copy_(StoredTensor(file, name, weights).read(parameters[name].dtype))
 
 
 def load(
@@ -242,7 +241,7 @@ def merge_llm_adapter(model: ElasticForConditionalGeneration) -> None:
     Raises:
         ValueError: an adapter that depends on the rows.
     """
-    _check_mergeable(model.config, "merge_adapter is true")
+    check_mergeable(model.config, "merge_adapter is true")
     adapter = model.config.adapter
     has_experts = isinstance(adapter, LoraBankConfig) and bool(adapter.scales or adapter.tasks)
     has_experts = has_experts or isinstance(adapter, GatedLoraConfig)
@@ -254,7 +253,7 @@ def merge_llm_adapter(model: ElasticForConditionalGeneration) -> None:
     model.config.adapter = None
 
 
-def _check_mergeable(config: ElasticConfig, wish: str) -> None:
+def check_mergeable(config: ElasticConfig, wish: str) -> None:
     """Refuse to fold an adapter into weights of 8 or 4 bits.
 
     Args:
@@ -305,123 +304,3 @@ def _load(
     model = assemble(config, dtype=dtype, attention=attention)
     load_trainables(model, folder / TRAINABLES, set_trainables(model, tuple(config.trained_parts)))
     return model.eval(), processor
-
-
-def export(
-    folder: str | Path,
-    out: str | Path,
-    *,
-    scale: str | None = None,
-    task: str | None = None,
-    checkpoint: str | int | None = None,
-    sources: Mapping[str, str] | None = None,
-    form: ExportForm = "model",
-    dtype: str | torch.dtype = "float32",
-) -> None:
-    """Write a run as one standalone checkpoint: adapters merged, frozen parts and processor included.
-
-    The adapter of a host stays beside its weights: merged, it would change the answers at the full budget.
-
-    `AutoModelForImageTextToText` and `AutoProcessor` load it after `import mllm`.
-
-    Args:
-        scale, task: of an adapter with experts per scale or task, the ones whose answers the checkpoint gives; every
-            row is then served by them, whatever it costs.
-        out: a folder that is not there yet, or is empty.
-        checkpoint, sources: as in `load`.
-        form: `model` for all of it; `llm` for the LLM alone, as a plain checkpoint of its family with its tokenizer,
-            for engines that are handed embeddings; `experts` for every expert of a bank as a LoRA folder beside an LLM
-            without them, for engines that choose one per request (see `mllm.checkpoints.expert_folders`).
-        dtype: of the frozen parts, as in `load`; the adapter is merged in it, and with bfloat16 half the memory is
-            needed.
-
-    Raises:
-        ValueError: a folder that holds something, an adapter that cannot be merged, a quantised LLM, or a scale or task
-            that is missing or that it has not.
-    """
-    if form not in get_args(ExportForm):
-        raise ValueError(f"form is {form!r}; it is one of {', '.join(get_args(ExportForm))}")
-    if form == "experts" and (scale or task):
-        raise ValueError("form is experts, which writes every expert; it does not go with scale or task")
-    home = model_folder(folder, checkpoint)
-    _check_mergeable(ElasticConfig.from_pretrained(home), f"an export of {home} merges its adapter")
-    with new_folder(out) as new:
-        model, processor = load(folder, dtype=dtype, device="cpu", checkpoint=checkpoint, sources=sources)
-        if model.config.host_config is not None:
-            if scale or task or form != "model":
-                raise ValueError(
-                    f"{folder} is a model on a host, which is exported as it is; leave out scale, task and form"
-                )
-            _write_with_adapter(model, processor, new)
-        else:
-            if form == "experts":
-                write_experts(model, processor.expert_names, new)
-            else:
-                select_experts(
-                    model.model.language_model,
-                    scale_id=_index_of("scale", scale, processor.expert_names.scales),
-                    task_id=_index_of("task", task, processor.expert_names.tasks),
-                )
-            _write_merged(model, processor, new, llm_only=form == "llm")
-        seal_folder(new, files_below(new))
-
-
-def _write_merged(
-    model: ElasticForConditionalGeneration, processor: ElasticProcessor, out: Path, *, llm_only: bool
-) -> None:
-    """Merge the adapters and write what then stands alone."""
-    merge_adapters(model)
-    processor.forget_experts()
-    model.config.adapter = None
-    media = model.config.media or {}
-    for medium, block in model.config.encoded_media.items():
-        media[medium] = replace(block, encoder=replace(block.encoder, adapter=None))
-    model.config.sources = {}
-    model.generation_config = _greedy(model, processor)
-    if llm_only:
-        write_model(_plain_llm(model), out)
-        processor.tokenizer.save_pretrained(out)
-        return
-    write_model(model, out)
-    processor.save_pretrained(out)
-
-
-def _write_with_adapter(model: ElasticForConditionalGeneration, processor: ElasticProcessor, out: Path) -> None:
-    """Write a model with all of its weights, the adapter's among them."""
-    model.config.holds_adapter = model.config.adapter is not None
-    model.config.sources = {}
-    model.generation_config = _greedy(model, processor)
-    write_model(model, out)
-    processor.save_pretrained(out)
-
-
-def _plain_llm(model: ElasticForConditionalGeneration) -> PreTrainedModel:
-    """Put the decoder and the head into a model of the LLM's own family; weights are shared, not copied."""
-    with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(model.config.text_config, trust_remote_code=False)
-    llm.base_model.load_state_dict(model.model.language_model.state_dict(), assign=True)
-    llm.get_output_embeddings().load_state_dict(model.lm_head.state_dict(), assign=True)
-    llm.generation_config = model.generation_config
-    return llm
-
-
-def _greedy(model: ElasticForConditionalGeneration, processor: ElasticProcessor) -> GenerationConfig:
-    """Return how an export generates by itself: as `Answerer` does, not as its LLM did, which may have sampled."""
-    of_llm = model.generation_config
-    ends = {processor.tokenizer.eos_token_id}
-    ends |= set(of_llm.eos_token_id) if isinstance(of_llm.eos_token_id, list) else {of_llm.eos_token_id}
-    return GenerationConfig(
-        bos_token_id=of_llm.bos_token_id,
-        eos_token_id=sorted(ends - {None}) or None,
-        pad_token_id=processor.pad_id,
-        suppress_tokens=model.config.unsaid_ids or None,
-    )
-
-
-def _index_of(kind: str, name: str | None, known: tuple[str, ...]) -> int | None:
-    """Return the index of an expert; a name is needed where there are experts, and refused where there are none."""
-    if name is None and not known:
-        return None
-    if name not in known:
-        raise ValueError(f"{kind} is {name}; the adapter has experts for: {' | '.join(known) or f'no {kind}'}")
-    return known.index(name)

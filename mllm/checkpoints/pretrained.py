@@ -19,8 +19,6 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -37,6 +35,7 @@ from transformers.utils.hub import cached_file
 
 from mllm.checkpoints.families import ENCODER_LAYOUTS, WHOLE_VLMS, Layout
 from mllm.checkpoints.gguf_files import GgufTensors, read_gguf_config, read_gguf_tokenizer
+from mllm.checkpoints.part_files import Part, SafetensorsFile, TensorFile
 from mllm.checkpoints.quantization import bits_options, quantization_device
 from mllm.checkpoints.sources import (
     PICKLED_WEIGHTS,
@@ -54,8 +53,6 @@ from mllm.hosts import build_host, find_family, host_class, read_tekken_tokenize
 logger = logging.getLogger(__name__)
 
 MAX_LAYERS = 1_000
-NAMED_TENSORS = 4
-"""How many tensors of each kind a message names before it counts the others."""
 
 
 def read_config(reference: str) -> PreTrainedConfig:
@@ -296,7 +293,7 @@ def load_checked(
     layout = layout or Layout()
     source = resolve_source(reference)
     folder = Path(source) if gguf_file(source) is not None else _local_folder(reference)
-    part = _Part(reference, _opened(folder, model_class, config, dtype), layout)
+    part = Part(reference, _opened(folder, model_class, config, dtype), layout)
     options = {**options, "dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
     # Names and shapes are those of the plain model; quantised layers have others.
     plain = {key: value for key, value in options.items() if key not in ("quantization_config", "device_map")}
@@ -312,7 +309,7 @@ def load_checked(
 
 
 def _load_state(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, state: Mapping[str, Tensor], **options: Any
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, state: Mapping[str, Any], **options: Any
 ) -> tuple[Any, dict[str, Any]]:
     """Let transformers rename, convert and place tensors that were read here; it also says what does not fit."""
     loaded: Any = model_class.from_pretrained(None, config=config, state_dict=dict(state), **options)
@@ -320,7 +317,7 @@ def _load_state(
 
 
 def _draft(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, part: "_Part", **options: Any
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, part: Part, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
     """Load shapes without values, of which only what transformers says is of use.
 
@@ -366,104 +363,19 @@ def _local_folder(reference: str) -> Path:
     return folder
 
 
-class _Part:
-    """The tensors of a part in the open files of a checkpoint, read from the disk when they are used.
-
-    Raises:
-        ValueError: two tensors of one name.
-    """
-
-    def __init__(self, reference: str, files: list[Any], layout: Layout) -> None:
-        self.reference, self.layout = reference, layout
-        self._places: dict[str, tuple[Any, str]] = {}
-        for opened in files:
-            for name in opened.keys():  # noqa: SIM118 (it is no mapping)
-                part_name = layout.name_in_part(name)
-                if part_name in self._places:
-                    raise ValueError(
-                        f"{reference} holds {part_name} twice: as {self._places[part_name][1]} and as {name}"
-                    )
-                if part_name is not None:
-                    self._places[part_name] = opened, name
-
-    def shapes(self) -> dict[str, Tensor]:
-        """Return tensors without values, by name."""
-        return {
-            part_name: torch.empty(opened.get_slice(name).get_shape(), device="meta")
-            for part_name, (opened, name) in self._places.items()
-        }
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by name; their values stay in the files until they are used, shared by all processes."""
-        return {part_name: opened.get_tensor(name) for part_name, (opened, name) in self._places.items()}
-
-    def check(self, report: Mapping[str, Any]) -> None:
-        """Refuse what transformers reports of a load.
-
-        Raises:
-            ValueError: tensors that are missing, unexpected or of another shape, by their names in the file.
-        """
-        problems = []
-        for what in ("missing", "unexpected"):
-            names = sorted(set(report[f"{what}_keys"]) - set(self.layout.unread))
-            problems += _some([self._file_name(name) for name in names], what)
-        shapes = sorted((name, tuple(stored), tuple(wanted)) for name, stored, wanted in report["mismatched_keys"])
-        problems += _some(
-            [f"{self._file_name(name)} has shape {stored}, the model has {wanted}" for name, stored, wanted in shapes]
-        )
-        if problems:
-            raise ValueError(f"the weights in {self.reference} are not those of its config: {'; '.join(problems)}")
-
-    def _file_name(self, part_name: str) -> str:
-        """Return the name of a tensor in the files, or what it would be there; converted ones go by the model's."""
-        if part_name in self._places:
-            return self._places[part_name][1]
-        names = [name for _, name in self._places.values()]
-        for start, replaced in self.layout.renamed:
-            if start and part_name.startswith(replaced) and any(name.startswith(start) for name in names):
-                return start + part_name.removeprefix(replaced)
-        return part_name
-
-    def check_ties(self, model: PreTrainedModel) -> None:
-        """Refuse values of their own for tensors that the config says are one, such as head and embeddings."""
-        for name, source in model.all_tied_weights_keys.items():
-            if not {name, source} <= self._places.keys():
-                continue
-            one, other = (opened.get_tensor(held) for opened, held in (self._places[name], self._places[source]))
-            if not torch.equal(one, other):
-                raise ValueError(
-                    f"{self.reference} holds {name} and {source} with different values, but its config says they are "
-                    "one (tie_word_embeddings)"
-                )
-
-
-def _some(names: list[str], what: str = "") -> list[str]:
-    """Name the first few of what is wrong, and count the rest."""
-    more = [f"and {len(names) - NAMED_TENSORS} more"] if len(names) > NAMED_TENSORS else []
-    shown = ", ".join(names[:NAMED_TENSORS] + more)
-    return [f"{what} {shown}".strip()] if names else []
-
-
 def _opened(
     folder: Path, model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype
-) -> list[Any]:
+) -> list[TensorFile]:
     """Open the files of a part.
 
     Raises:
         ValueError: a file that is no safetensors file, or a GGUF file that is not read.
     """
     if (gguf := gguf_file(folder)) is None:
-        return [_open(file) for file in weight_files(folder)]
+        return [SafetensorsFile(file) for file in weight_files(folder)]
     with torch.device("meta"), unsharded():
         draft = model_class(copy.deepcopy(config))
     return [GgufTensors(gguf, draft, dtype)]
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{file} is no safetensors file, or is cut: {error}") from error
 
 
 @contextmanager

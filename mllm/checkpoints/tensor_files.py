@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mllm.checkpoints.sources import WEIGHTS, WEIGHTS_INDEX
+from mllm.utils.fail_points import fail_point
 from mllm.utils.files import writing
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SHARD_BYTES = 512 * 2**20
-"""Of the files that a large model is written in; while one is written its tensors are in memory twice."""
+"""Of the files that a large model is written in, and of memory while it is."""
 
 
 def write_tensors(tensors: Mapping[str, "Tensor"], path: str | Path, *, metadata: dict[str, str] | None = None) -> None:
@@ -32,6 +33,15 @@ def write_tensors(tensors: Mapping[str, "Tensor"], path: str | Path, *, metadata
     with writing(path, num_bytes_of(tensors.values())):
         save_file(dict(tensors), path, metadata=metadata)
         Path(path).chmod(_usual_mode(Path(path)))
+
+
+def read_tensor(path: str | Path, name: str) -> "Tensor":
+    """Read one tensor of a safetensors file into memory of its own, and let go of the file."""
+    from safetensors import safe_open
+
+    # Not through a map of the file, whose pages would count as this process's memory until it is closed.
+    with safe_open(path, framework="pt", backend="pread") as file:
+        return file.get_tensor(name)
 
 
 def num_bytes_of(tensors: "Iterable[Tensor]") -> int:
@@ -58,16 +68,37 @@ def write_shards(
         if shards[-1] and sum(sizes[held] for held in shards[-1]) + num_bytes > most_bytes:
             shards.append([])
         shards[-1].append(name)
-    if len(shards) == 1:
-        write_tensors({name: read(name) for name in sizes}, folder / WEIGHTS, metadata={"format": "pt"})
-        return
     holders = {}
     for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors({name: read(name) for name in names}, folder / file, metadata={"format": "pt"})
+        file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(_gathered({name: sizes[name] for name in names}, read), folder / file, metadata={"format": "pt"})
+        fail_point("weights.file")
         holders |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": holders}
-    (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": holders}
+        (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def _gathered(sizes: Mapping[str, int], read: "Callable[[str], Tensor]") -> dict[str, "Tensor"]:
+    """Read tensors into one stretch of memory, which goes back to the system as a whole.
+
+    Each by itself would leave holes between what else is in memory, which stay with the process.
+    """
+    import torch
+
+    memory = torch.empty(sum(map(_aligned, sizes.values())), dtype=torch.uint8)
+    tensors, start = {}, 0
+    for name, num_bytes in sizes.items():
+        tensor = read(name)
+        place = memory[start : start + num_bytes].view(tensor.dtype).view(tensor.shape)
+        tensors[name] = place.copy_(tensor)
+        start += _aligned(num_bytes)
+    return tensors
+
+
+def _aligned(num_bytes: int) -> int:
+    """Round up to where a number of any dtype may begin."""
+    return -(-num_bytes // 16) * 16
 
 
 def write_model(model: Any, folder: str | Path, **options: Any) -> None:

@@ -34,7 +34,7 @@ def run(settings: Settings) -> int:
     """Exports the model."""
     from pathlib import Path
 
-    from mllm.checkpoints.load import export
+    from mllm.checkpoints.export import export
     from mllm.commands.terminal import console, quiet_loading
     from mllm.evaluation.hub import write_card
     from mllm.utils.run_paths import model_folder, run_of

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mllm.checkpoints.tensor_files import write_shards
+from mllm.checkpoints.tensor_files import read_tensor, write_shards
 from mllm.convert.restricted import Inert, StoredTensor, check_tensors, read_checkpoint
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
@@ -70,7 +70,7 @@ def write_stored(weights: Mapping[str, StoredWeight], folder: Path) -> None:
         WriteError: the disk refuses it.
     """
     sizes = {name: weight.num_bytes for name, weight in weights.items()}
-    write_shards(sizes, lambda name: weights[name].read().contiguous(), folder)
+    write_shards(sizes, lambda name: weights[name].read(), folder)
 
 
 def find_weights(path: str | Path, names: Sequence[str] = WHOLE_MODELS) -> dict[str, StoredWeight]:
@@ -160,17 +160,11 @@ def _find_safetensors(path: Path) -> dict[str, StoredWeight]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (it is no mapping)
                 tensor = file.get_tensor(name)  # its numbers stay on the disk until they are used
-                load = partial(_read_safetensor, path, name)
+                load = partial(read_tensor, path, name)
                 state[name] = StoredWeight(path, name, tuple(tensor.shape), tensor.nbytes, load)
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or is cut: {error}") from error
     return state
-
-
-def _read_safetensor(path: Path, name: str) -> Tensor:
-    """Read one tensor and let the file go, whose pages would otherwise count as this process's memory."""
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name).clone()
 
 
 def check_numbers(path: Path, name: str, tensor: Tensor) -> None:

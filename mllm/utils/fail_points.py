@@ -18,6 +18,7 @@ FAIL_POINTS = {
     "checkpoint.named": "a checkpoint has its name, and older ones are still there",
     "checkpoint.deleting": "an older checkpoint has lost its name and is still there",
     "model.written": "the model of a run is written aside",
+    "weights.file": "a file of a model's weights is written, and its config is not",
     "model.moving": "a file of a run's model takes its name",
     "load.checkpoint": "a checkpoint was chosen, and is put into model and optimizer",
     "step.begin": "a micro-batch begins",

@@ -12,7 +12,8 @@ from published_parts import part_config
 from mllm.adapters import adapters_disabled, build_adapter
 from mllm.budget import Budget
 from mllm.checkpoints.build import build
-from mllm.checkpoints.load import export, load, save_run
+from mllm.checkpoints.export import export
+from mllm.checkpoints.load import load, save_run
 from mllm.config.model import EncoderAdapterConfig, ModelConfig
 from mllm.encoders import backbone_class
 from mllm.model.trainables import part_of, set_trainables

@@ -12,7 +12,8 @@ from mllm.adapters.expert_ids import ExpertNames, scales_of
 from mllm.adapters.lora_bank import LoraBank
 from mllm.budget import Budget, TokenCount
 from mllm.checkpoints.build import build
-from mllm.checkpoints.load import TRAINABLES, export, load, save_run
+from mllm.checkpoints.export import export
+from mllm.checkpoints.load import TRAINABLES, load, save_run
 from mllm.config.model import LoraBankConfig, ModelConfig
 from mllm.config.reading import read
 from mllm.model.trainables import set_trainables

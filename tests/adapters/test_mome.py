@@ -18,7 +18,8 @@ from mllm.adapters.adapter_inputs import AdapterInputs, Collector
 from mllm.adapters.mome import Mome
 from mllm.budget import Budget
 from mllm.checkpoints.build import build
-from mllm.checkpoints.load import export, load, save_run
+from mllm.checkpoints.export import export
+from mllm.checkpoints.load import load, save_run
 from mllm.model.trainables import set_trainables
 
 MOME = {"kind": "mome", "num_experts": 5, "num_shared": 1, "top_k": 2, "bottleneck": 3}

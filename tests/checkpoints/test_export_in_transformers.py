@@ -16,7 +16,8 @@ from safetensors import safe_open
 import mllm
 from mllm.budget import Budget
 from mllm.checkpoints.build import build
-from mllm.checkpoints.load import export, save_run
+from mllm.checkpoints.export import export
+from mllm.checkpoints.load import save_run
 from mllm.cli import main
 from mllm.inference.answerer import Answerer, Decoding
 from mllm.model.trainables import set_trainables

@@ -14,7 +14,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import mllm
 from mllm.budget import Budget
 from mllm.checkpoints.build import build
-from mllm.checkpoints.load import TRAINABLES, export, load, load_for, merge_llm_adapter, save_run
+from mllm.checkpoints.export import export
+from mllm.checkpoints.load import TRAINABLES, load, load_for, merge_llm_adapter, save_run
 from mllm.config.model import LoraBankConfig
 from mllm.config.model_options import ModelOptions
 from mllm.media import MediaLimits

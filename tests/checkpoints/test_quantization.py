@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 from mllm.adapters import build_adapter
 from mllm.checkpoints import pretrained
 from mllm.checkpoints.build import build
-from mllm.checkpoints.load import export
+from mllm.checkpoints.export import export
 from mllm.checkpoints.pretrained import load_checked
 from mllm.checkpoints.quantization import bits_options
 from mllm.config.model import Int8Config, LoraConfig, ModelConfig, MomeConfig, Nf4Config, QuantizationConfig

@@ -9,7 +9,7 @@ from children import mutate, run_child
 from ground import Ground, Outcome
 from pickles import hostile_files
 
-from mllm.checkpoints.load import export
+from mllm.checkpoints.export import export
 from mllm.convert.state_files import find_state, read_all
 from mllm.media import MediaError, load_audio, load_image, load_video
 from mllm.training.run_folder import list_checkpoints, read_checkpoint

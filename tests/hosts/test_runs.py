@@ -17,7 +17,7 @@ import mllm
 from mllm.budget import Budget, Extent
 from mllm.budget.sampler import BudgetSampler
 from mllm.checkpoints import adoption
-from mllm.checkpoints.load import export
+from mllm.checkpoints.export import export
 from mllm.cli import main
 from mllm.commands import adopt
 from mllm.data.manifest import Media, Message, Sample, Text

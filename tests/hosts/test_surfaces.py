@@ -14,7 +14,8 @@ from toy_server import part, server, user
 import mllm
 from mllm.budget import Budget
 from mllm.checkpoints.adoption import host_inputs
-from mllm.checkpoints.load import export, save_run
+from mllm.checkpoints.export import export
+from mllm.checkpoints.load import save_run
 from mllm.cli import main
 from mllm.evaluation.answer_store import AnswerStore
 from mllm.inference.answerer import Answerer, Decoding

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from mllm.budget import Budget
 from mllm.checkpoints.build import build
-from mllm.checkpoints.load import TRAINABLES, export, load
+from mllm.checkpoints.export import export
+from mllm.checkpoints.load import TRAINABLES, load
 from mllm.config.model import ModelConfig
 from mllm.config.run import DataConfig, FeatureConfig, RunConfig, SamplerConfig, TrainConfig
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest

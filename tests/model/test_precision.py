@@ -30,7 +30,8 @@ from transformers import (
 )
 
 from mllm.budget import Budget
-from mllm.checkpoints.load import TRAINABLES, export, load
+from mllm.checkpoints.export import export
+from mllm.checkpoints.load import TRAINABLES, load
 from mllm.cli import main
 from mllm.config.model import EncoderAdapterConfig, LoraBankConfig, LoraConfig, ModelConfig, MomeConfig
 from mllm.config.run import DataConfig, FeatureConfig, RunConfig, SamplerConfig, TrainConfig

@@ -9,7 +9,8 @@ import tiny
 import torch
 
 from mllm.checkpoints.build import build
-from mllm.checkpoints.load import TRAINABLES, export, load, save_processor, save_run
+from mllm.checkpoints.export import export
+from mllm.checkpoints.load import TRAINABLES, load, save_processor, save_run
 from mllm.cli import main
 from mllm.model.trainables import set_trainables
 from mllm.training.folder_check import check_folder

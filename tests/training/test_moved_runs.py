@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 import mllm
-from mllm.checkpoints.load import TRAINABLES, export
+from mllm.checkpoints.export import export
+from mllm.checkpoints.load import TRAINABLES
 from mllm.cli import main
 from mllm.config.run import DataConfig, RunConfig, SamplerConfig, TrainConfig
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from mllm.budget import Budget, Extent, count_tokens
 from mllm.checkpoints.build import build
-from mllm.checkpoints.load import TRAINABLES, export, load
+from mllm.checkpoints.export import export
+from mllm.checkpoints.load import TRAINABLES, load
 from mllm.cli import main
 from mllm.config.run import RunConfig, read_run_config
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest

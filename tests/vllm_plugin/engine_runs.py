@@ -20,7 +20,8 @@ from PIL import Image
 from toy_server import write_run
 
 from mllm.budget import Budget
-from mllm.checkpoints.load import export, load
+from mllm.checkpoints.export import export
+from mllm.checkpoints.load import load
 from mllm.data.manifest import Media, Message, Sample, Text
 from mllm.inference.answerer import Answerer, Decoding
 from mllm.inference.decoding import generate_options, up_to_end

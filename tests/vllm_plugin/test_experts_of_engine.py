@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from toy_server import write_run
 
 from mllm.checkpoints.expert_folders import ExpertFolders, read_experts
-from mllm.checkpoints.load import export, load
+from mllm.checkpoints.export import export
+from mllm.checkpoints.load import load
 from mllm.checkpoints.peft_folders import ELASTIC_PREFIX, PEFT_PREFIX
 from mllm.config.model import LoraBankConfig
 from mllm.data.manifest import Message, Sample, Text

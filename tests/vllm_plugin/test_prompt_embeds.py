@@ -17,7 +17,7 @@ from engine_runs import (
 from toy_server import write_run
 from transformers import AutoModelForCausalLM
 
-from mllm.checkpoints.load import export
+from mllm.checkpoints.export import export
 from mllm.vllm_plugin.prompt_embeds import prompt_embeds, unsaid
 
 BUDGETS = ("image=1,audio=/8,video=/5", "image=16,audio=/8,video=/2", "")
