@@ -50,7 +50,7 @@ def export(
     The adapter of a host stays beside its weights: merged, it would change the answers at the full budget.
 
     `AutoModelForImageTextToText` and `AutoProcessor` load it after `mllm.register()`. Weights are read, merged and
-    written one after the other, in files of 512 MiB; what trained is in memory, and what is frozen is not.
+    written one after the other, in files of 512 MiB; adapters and compressors are in memory, LLM and encoders are not.
 
     Args:
         scale, task: of an adapter with experts per scale or task, the ones whose answers the checkpoint gives; every
