@@ -29,7 +29,8 @@ class ToyHub:
     """Holds data sets by name and commit, and what was asked for.
 
     cuts: by path, after how many bytes each of the next answers breaks off.
-    errors: by path, how many of the next requests are answered with 503.
+    errors: by path, how many of the next requests are answered with 503; "api" is what is no file.
+    delays: by path, how many seconds each answer takes.
     fetched: by path, how often its bytes were asked for; ranges: the Range header of each such request.
     """
 
@@ -96,6 +97,7 @@ class Handler(BaseHTTPRequestHandler):
         commit = self.hub.commits.get((repo, revision))
         if commit is None:
             return self.refuse(404, "RevisionNotFound")
+        time.sleep(self.hub.delays.get("api", 0))
         if self.fails("api"):
             return None
         if parts[:1] != ["tree"]:

@@ -33,6 +33,8 @@ _IN_ADDRESS = re.compile(r"([\w.-]+/[\w.-]+)(?:@(refs/(?:convert|pr)/[^/]+|[^/@]
 _SUFFIX = {"webdataset": ".tar", "parquet": ".parquet", "datasets": ".parquet"}
 SECONDS_BETWEEN_TRIES = (1.0, 2.0, 4.0, 8.0)
 """How long is waited behind each try but the last."""
+SECONDS_TO_ANSWER = 30.0
+"""How long the hub may take to say which commit a revision is; the client would wait for ever."""
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
@@ -163,7 +165,7 @@ def _files(name: str, repo: str, revision: str | None, suffix: str) -> tuple[str
     api = HfApi()
 
     def ask() -> tuple[str, dict[str, int]]:
-        commit = api.dataset_info(repo, revision=revision).sha
+        commit = api.dataset_info(repo, revision=revision, timeout=SECONDS_TO_ANSWER).sha
         assert commit is not None
         tree = api.list_repo_tree(repo, recursive=True, revision=commit, repo_type="dataset")
         return commit, {

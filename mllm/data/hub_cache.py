@@ -1,9 +1,9 @@
 """Fetches the shards of a hub one by one, in threads of their own, and deletes those that are not read any more.
 
 A shard comes whole and by `hf_hub_download`, rather than in ranges by `HfFileSystem`. Ranges would ask the hub for each
-image by itself, again in every epoch, and hubs limit how often they are asked. A whole file goes on
-where the connection broke, has its name only once all of it is there, with as many bytes as the hub listed, and is then
-read as any shard of a disk, by as many processes as like; and what lies on the disk can be counted.
+image by itself, again in every epoch, and hubs limit how often they are asked. A whole file goes on where the
+connection broke, has its name only once all of it is there, with as many bytes as the hub listed, and is then read as
+any shard of a disk, by as many processes as like; and what lies on the disk can be counted.
 
     kept        in the hub's own cache, which other programs share; nothing is deleted, and later runs find it
     bounded     in a folder of this process alone, which is gone when the process ends

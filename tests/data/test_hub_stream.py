@@ -166,6 +166,14 @@ def test_a_read_that_fails_is_tried_again_and_then_refused_by_name(
         list_shards(REPO, TARS)
 
 
+def test_a_hub_that_does_not_answer_is_not_waited_for(hub: ToyHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mllm.data.hub.SECONDS_TO_ANSWER", 0.1)
+    hub.commit(REPO, {"a.tar": b"a"})
+    hub.delays["api"] = 1.0
+    with pytest.raises(ConnectionError, match=r"the hub did not give it at any of 3 tries: .*timed out"):
+        list_shards(REPO, TARS)
+
+
 def test_a_file_that_is_not_as_long_as_the_hub_lists_is_refused(hub: ToyHub, tmp_path: Path) -> None:
     commit = hub.commit(REPO, {"a.tar": b"x" * 100})
     listing = HubListing(REPO, commit, [("a.tar", 101)])
