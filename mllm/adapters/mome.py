@@ -15,7 +15,6 @@ Source: MoME (arXiv 2510.04136).
 
 import math
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -23,25 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mllm.adapters.adapter_inputs import NUM_KINDS, Adapter, Collector, attention_of, connect, decoder_layers
+from mllm.utils.cpu_dtype import cpu_dtype
 
-BFLOAT16_ARITHMETIC = ("amx_bf16", "avx512_bf16")
-"""What CPUs that multiply bfloat16 say of themselves."""
 PLACEMENTS = ("attention", "ffn", "layer")
 """Which frozen block the experts stand beside: both take the block's own normalised input, and their outputs add."""
-
-
-@cache
-def _multiplies_bfloat16() -> bool:
-    return any(torch.cpu.get_capabilities().get(name, False) for name in BFLOAT16_ARITHMETIC)
-
-
-def cpu_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns what experts are computed in on a CPU: bfloat16 where it has arithmetic for it, float32 otherwise.
-
-    Without it a product takes up to 80 times as long in bfloat16; with it half as long (docs/speed.md). It goes by what
-    the CPU says and not by a stopwatch, so that a run on one machine always gives the same.
-    """
-    return dtype if dtype == torch.bfloat16 and _multiplies_bfloat16() else torch.float32
 
 
 class Mome(Adapter):

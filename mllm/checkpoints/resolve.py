@@ -12,7 +12,15 @@ from transformers import PreTrainedConfig
 
 from mllm.adapters.expert_ids import kinds_of, scales_of, tasks_of
 from mllm.compressors import count_heads
-from mllm.config.medium import FramesConfig, HybridConfig, ImageEncoderConfig, MlpConfig, MoeConfig, QueryConfig
+from mllm.config.medium import (
+    FramesConfig,
+    HybridConfig,
+    ImageEncoderConfig,
+    MlpConfig,
+    MoeConfig,
+    QueryConfig,
+    WordsConfig,
+)
 from mllm.config.model import LoraBankConfig, ModelConfig, MomeConfig
 from mllm.config.space import space_of
 from mllm.encoders import EncoderFacts, encoder_facts
@@ -91,7 +99,7 @@ def _resolve_medium(block: Any, facts: EncoderFacts, *, out_size: int) -> Any:
         compressor = replace(compressor, num_queries=block.num_queries)
     if isinstance(compressor, HybridConfig) and compressor.anchors == "auto":
         compressor = replace(compressor, anchors=[size for size in block.anchors if size > 1])
-    if isinstance(projector, MlpConfig | MoeConfig) and projector.hidden_size == "auto":
+    if isinstance(projector, MlpConfig | MoeConfig | WordsConfig) and projector.hidden_size == "auto":
         projector = replace(projector, hidden_size=out_size)
     return replace(block, encoder=encoder, compressor=compressor, projector=projector)
 

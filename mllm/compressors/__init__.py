@@ -21,8 +21,9 @@ from mllm.compressors.pool import Pool
 from mllm.compressors.projector import Projector, ProjectorBank
 from mllm.compressors.query import Query
 from mllm.compressors.stack import Stack
+from mllm.compressors.word_projector import WordProjector
 from mllm.config.medium import COMPRESSORS as CONFIGS
-from mllm.config.medium import MediumConfig, MlpConfig, MoeConfig, NoProjectorConfig
+from mllm.config.medium import MediumConfig, MlpConfig, MoeConfig, NoProjectorConfig, WordsConfig
 from mllm.config.medium import Projector as ProjectorBlock
 from mllm.utils.registry import Registry
 
@@ -38,6 +39,7 @@ __all__ = [
     "Query",
     "Site",
     "Stack",
+    "WordProjector",
     "build_compressor",
     "build_projector",
     "register_compressor",
@@ -111,6 +113,15 @@ def build_projector(block: ProjectorBlock, *, in_size: int, out_size: int) -> nn
         if in_size != out_size:
             raise ValueError(f"projector none needs features as wide as the LLM, {out_size}; they have {in_size}")
         return nn.Identity()
+    if isinstance(block, WordsConfig):
+        hidden_size = out_size if block.hidden_size == "auto" else block.hidden_size
+        return WordProjector(
+            in_size=in_size,
+            hidden_size=hidden_size,
+            num_words=block.num_words,
+            stretch_frames=block.stretch_frames,
+            out_size=out_size,
+        )
 
     def one() -> Projector:
         hidden_size = None

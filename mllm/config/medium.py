@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from mllm.budget import NONE, Amount, Compression
 from mllm.budget.nesting import check_nesting, nesting_sizes
 from mllm.config.checks import Auto, check_at_least
-from mllm.config.projector import LinearConfig, MlpConfig, MoeConfig, NoProjectorConfig
+from mllm.config.projector import LinearConfig, MlpConfig, MoeConfig, NoProjectorConfig, WordsConfig
 from mllm.config.reading import ConfigError, block, kinds
 from mllm.utils.registry import Registry
 
@@ -282,12 +282,13 @@ PROJECTORS: dict[str, type] = {
     "mlp": MlpConfig,
     "linear": LinearConfig,
     "moe": MoeConfig,
+    "words": WordsConfig,
     "none": NoProjectorConfig,
 }
 TILINGS: dict[str, type] = {"pinpoints": PinpointsConfig, "free": FreeTilesConfig}
 
 Compressor = PoolConfig | QueryConfig | StackConfig | HybridConfig
-Projector = MlpConfig | LinearConfig | MoeConfig | NoProjectorConfig
+Projector = MlpConfig | LinearConfig | MoeConfig | WordsConfig | NoProjectorConfig
 
 
 class MediumConfig:
@@ -377,6 +378,8 @@ class MediumConfig:
     def check_projector(self) -> None:
         """Refuse a projector that the compressor has no use for."""
         kind = self.compressor.kind
+        if isinstance(self.projector, WordsConfig) and kind != "pool":
+            raise ConfigError("projector.kind", f"is words, which goes with compressor pool, not {kind}")
         if getattr(self.projector, "before_pooling", False) and kind != "pool":
             raise ConfigError("projector.before_pooling", f"goes with compressor pool, not {kind}")
         if not getattr(self.projector, "per_budget", False):
@@ -419,6 +422,8 @@ class ImageConfig(MediumConfig):
         if self.with_none:
             raise ConfigError("budgets", "hold none, which is for audio and lips; an image is never left out")
         self.check_projector()
+        if isinstance(self.projector, WordsConfig):
+            raise ConfigError("projector.kind", "is words, which are heard one after the other; an image has no order")
         compressor = self.compressor
         if isinstance(compressor, ImageQueryConfig) and compressor.start == "pyramid" and compressor.keys != "position":
             raise ConfigError("compressor.start", "pyramid needs keys: position; got content")

@@ -78,6 +78,28 @@ class MoeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WordsConfig:
+    """A projector to mixtures of the LLM's word embeddings (LegoSLM)."""
+
+    kind: Literal["words"] = "words"
+    """Says of each feature which words are heard in it, and pools their embeddings; for audio and lips, with
+    data.captions, on which it learns to hear before the first step."""
+    num_words: int = 1024
+    """Sets how many tokens of the LLM are words by themselves, characters among them; rarer ones are spelled by
+    these."""
+    stretch_frames: int = 4
+    """Hears so many features at once: 4 of Whisper are 80 milliseconds."""
+    hidden_size: int | Auto = "auto"
+    """Sets the size between the two layers that hear; auto is the LLM's hidden size."""
+    norm: ClassVar[bool] = False
+    before_pooling: ClassVar[bool] = True
+    per_budget: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_at_least(self, ("num_words", "stretch_frames", "hidden_size"))
+
+
+@dataclass(frozen=True, kw_only=True)
 class NoProjectorConfig:
     """No projector: the features of a host model, which are as wide as its LLM."""
 

@@ -15,6 +15,7 @@ from mllm.budget import MEDIA, Budget
 from mllm.budget.sampler import Mode, default_num_budgets
 from mllm.config.data import STREAM_FORMATS, ReaderConfig, StreamConfig
 from mllm.config.model import ModelConfig, check_at_least
+from mllm.config.projector import WordsConfig
 from mllm.config.reading import plain, read
 from mllm.media import MediaLimits
 
@@ -61,8 +62,8 @@ class DataConfig:
     """Lists manifests to validate on; without one there is no validation."""
     captions: list[str] = field(default_factory=list)
     """Lists manifests of one medium item and its description per row. Before the first step the projectors of `pool`
-    and `stack` are fitted to them in closed form, see training/initialization/projector_fit.py; without one they start
-    at random."""
+    and `stack` are fitted to them in closed form, see training/initialization/projector_fit.py, and those of kind
+    words learn to hear them; without one projectors start at random."""
     root: str | None = None
     """Names the folder that the media paths of all manifests are relative to, instead of each manifest's own."""
     noise: str | None = None
@@ -230,6 +231,11 @@ class TrainConfig:
     out."""
     learning_rate: float = 1e-3
     """Sets the peak learning rate."""
+    word_steps: int = 1000
+    """Teaches projectors of kind words to hear data.captions for so many steps before the first, a micro-batch of each
+    process at a time, without the LLM; see training/initialization/word_start.py."""
+    word_learning_rate: float = 1e-3
+    """Sets the peak learning rate of these steps."""
     part_learning_rates: dict[Part, float] = field(default_factory=dict)
     """Sets other peak learning rates for some parts, e.g. {adapter: 2e-4}."""
     task_weights: dict[str, float] = field(default_factory=dict)
@@ -337,7 +343,7 @@ class TrainConfig:
         return self.warmup_steps if self.warmup_fraction is None else math.ceil(self.warmup_fraction * max_steps)
 
     def _check_ranges(self) -> None:
-        check_at_least(self, ("max_steps", "epochs", "save_every", "validate_every"), prefix="train.")
+        check_at_least(self, ("max_steps", "epochs", "save_every", "validate_every", "word_steps"), prefix="train.")
         check_at_least(self, ("log_every", "keep_checkpoints", "accumulation"), prefix="train.")
         check_at_least(self, ("answer_tokens", "early_stopping", "overfit_batches"), prefix="train.")
         check_at_least(self, ("answered_samples",), 0, prefix="train.")
@@ -433,6 +439,12 @@ class RunConfig:
                 "train.epochs cannot be counted in steps with data.stream, which does not know how many samples there "
                 "are; give train.max_steps"
             )
+        for medium, block in self.model.encoded_media.items():
+            if isinstance(block.projector, WordsConfig) and not self.data.captions and self.train.start_from is None:
+                raise ValueError(
+                    f"model.{medium}.projector is words, which are learned from data.captions; name manifests there, "
+                    "or a run in train.start_from"
+                )
 
     def _check_features(self, features: FeatureConfig) -> None:
         """Refuse features that cannot be kept, or would not be those of the run.

@@ -30,6 +30,7 @@ from mllm.config.medium import (
     NoProjectorConfig,
     QueryConfig,
     StackConfig,
+    WordsConfig,
 )
 from mllm.config.medium import Projector as ProjectorConfig
 from mllm.config.model import AdapterConfig, GatedLoraConfig, LoraBankConfig, LoraConfig, MomeConfig
@@ -319,6 +320,8 @@ def compressor_flops(block: MediumConfig, item: Item, *, in_size: int, out_size:
     num_projectors = len(budgets) if projector.per_budget else 1
     first = getattr(projector, "before_pooling", False)
     projected, averaged_size = (item.num_features, out_size) if first else (item.num_tokens, in_size)
+    if isinstance(projector, WordsConfig):
+        projected = -(-item.num_features // projector.stretch_frames)
     average = 2 * item.num_tokens * item.num_features * averaged_size
     if getattr(compressor, "order", "raster") == "haar":
         average = 0  # sums and differences, no products
@@ -326,11 +329,13 @@ def compressor_flops(block: MediumConfig, item: Item, *, in_size: int, out_size:
 
 
 def _projector(projector: ProjectorConfig, in_size: int, out_size: int) -> int:
-    """Counts the FLOPs of the projector per token."""
+    """Counts the FLOPs of the projector per token, or per stretch of features that words are heard in."""
     if isinstance(projector, NoProjectorConfig):
         return 0
     hidden_size = 0 if isinstance(projector, LinearConfig) else projector.hidden_size
     hidden_size = out_size if isinstance(hidden_size, str) else hidden_size
+    if isinstance(projector, WordsConfig):
+        return 2 * (hidden_size * in_size + (hidden_size + out_size) * (projector.num_words + 1))
     one = hidden_size * (in_size + out_size) if hidden_size else in_size * out_size
     if isinstance(projector, MoeConfig):  # every expert runs on every token
         return 2 * projector.num_experts * (one + in_size + out_size)

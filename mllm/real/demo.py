@@ -164,6 +164,7 @@ def run_settings(settings: RealDemoConfig) -> Any:
     for key in ("train", "captions"):
         data[key] = [str(out / path) for path in data[key]]
     data["features"]["folder"] = str(out / data["features"]["folder"])
+    model["dtype"] = train["precision"] = _computed_dtype()
     train["out"] = settings.out
     train["seed"] = model["seed"] = settings.seed
     if settings.steps is not None:
@@ -182,7 +183,16 @@ def evaluation_settings(settings: RealDemoConfig) -> EvaluationConfig:
         budgets=list(BUDGETS),
         max_new_tokens=40,
         batch_size=16,
-        dtype="bfloat16",
+        dtype=_computed_dtype(),
         seed=settings.seed,
         use_cpu=True,
     )
+
+
+def _computed_dtype() -> str:
+    """Name the type that this CPU computes faster in."""
+    import torch
+
+    from mllm.utils.cpu_dtype import cpu_dtype
+
+    return str(cpu_dtype(torch.bfloat16)).removeprefix("torch.")

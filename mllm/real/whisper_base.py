@@ -37,6 +37,7 @@ from mllm.media import load_audio
 from mllm.real.ctranslate2 import read_variables
 from mllm.real.packages import package_file
 from mllm.synthetic.speech.synthesis import SAMPLE_RATE_HZ
+from mllm.utils.cpu_dtype import cpu_dtype
 
 TOKENS = {"bos_token_id": 50257, "eos_token_id": 50257, "pad_token_id": 50257, "decoder_start_token_id": 50258}
 CONFIG: dict[str, Any] = {
@@ -215,7 +216,7 @@ def write_cut_encoder(whisper: Path, folder: Path, *, seconds: int) -> Path:
 
 @torch.no_grad()
 def transcribe(folder: Path, clips: Path, *, progress: Callable[[int, int], None] | None = None) -> dict[str, str]:
-    """Transcribe every wav of a folder with the whole Whisper, greedily and in bfloat16.
+    """Transcribe every wav of a folder with the whole Whisper, greedily and in bfloat16 where the CPU computes so.
 
     Args:
         folder: of the whole Whisper.
@@ -226,7 +227,7 @@ def transcribe(folder: Path, clips: Path, *, progress: Callable[[int, int], None
         texts by the files' names without suffix, as Whisper writes them.
     """
     config = read_config(str(folder))
-    model: Any = load_checked(WhisperForConditionalGeneration, str(folder), config, dtype=torch.bfloat16)
+    model: Any = load_checked(WhisperForConditionalGeneration, str(folder), config, dtype=cpu_dtype(torch.bfloat16))
     extractor, tokenizer = read_feature_extractor(str(folder)), read_tokenizer(str(folder))
     files = sorted(clips.glob("*.wav"))
     texts: dict[str, str] = {}

@@ -42,6 +42,7 @@ from mllm.training.feature_cache.features import FeatureDataset, pass_features_t
 from mllm.training.feature_cache.store import FeatureStore
 from mllm.training.initialization.projector_fit import fit_projectors
 from mllm.training.initialization.start_from import start_from
+from mllm.training.initialization.word_start import teach_words, word_media
 from mllm.training.interruption import RunInterrupted, StopRequest, stopping_on_signals
 from mllm.training.llm_shards import mesh_of_all, shard_llm
 from mllm.training.memory import tell_memory
@@ -49,6 +50,7 @@ from mllm.training.pipeline.batches import RankSlots
 from mllm.training.pipeline.dataset import TrainingData, build_sampler, extreme_budgets, load_dataset
 from mllm.training.pipeline.loaders import encode, loading, train_loader, validation_loader
 from mllm.training.pipeline.stream import stream_batches, stream_loader
+from mllm.training.pipeline.token_scan import TokenScan
 from mllm.training.progress import reporting
 from mllm.training.run_folder import Checkpoint, delete_old, remove_leftovers, run_lock
 from mllm.training.throughput import Stopwatch
@@ -399,8 +401,13 @@ def _fit_projectors(
     data: TrainingData,
     stores: Stores | None,
 ) -> None:
-    """Start the projectors at what captions say; see `mllm.training.initialization.projector_fit`."""
-    dataset = _clean(config, processor, data.samples["captions"], None if stores is None else stores.train)
+    """Start the projectors at what captions say; see `mllm.training.initialization`."""
+    samples, model = data.samples["captions"], model.to(arguments.device)
+    dataset = _clean(config, processor, samples, None if stores is None else stores.train)
+    if of_words := word_media(model):
+        _teach_words(config, arguments, model, processor, dataset, data.scans["captions"])
+    if not {part.medium for sample in samples for part in sample.media} - set(of_words):
+        return
     batches, num_counted = validation_loader(
         dataset,
         data.scans["captions"],
@@ -410,7 +417,38 @@ def _fit_projectors(
         slots=_slots(arguments),
     )
     with _reporting("reading captions", arguments) as report:
-        fit_projectors(model.to(arguments.device), processor, batches, num_counted=num_counted, progress=report)
+        fit_projectors(model, processor, batches, num_counted=num_counted, progress=report)
+
+
+def _teach_words(
+    config: RunConfig,
+    arguments: ElasticArguments,
+    model: Any,
+    processor: ElasticProcessor,
+    dataset: ManifestDataset,
+    scan: TokenScan,
+) -> None:
+    """Let word projectors learn to hear; see `mllm.training.initialization.word_start`."""
+    batches = train_loader(
+        dataset,
+        scan,
+        config=dataclasses.replace(config.data, max_bad_fraction=0.0),
+        encode=_encoding(config.data, processor, [], Stopwatch()),
+        run=arguments.run,
+        seed=config.train.seed,
+        slots=_slots(arguments),
+    )
+    with _reporting("learning words", arguments) as report:
+        teach_words(
+            model,
+            processor,
+            dataset.samples,
+            batches,
+            num_steps=config.train.word_steps,
+            learning_rate=config.train.word_learning_rate,
+            seed=config.train.seed,
+            progress=report,
+        )
 
 
 @contextlib.contextmanager

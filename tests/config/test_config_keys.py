@@ -120,6 +120,7 @@ def test_old_values_and_keys_of_other_blocks_too() -> None:
         ({"projector": {"hidden_size": 1.5}}, "model.image.projector.hidden_size: expected int or auto, got 1.5"),
         ({"projector": {"hidden_size": 0}}, "model.image.projector.hidden_size is 0; one linear layer is kind linear"),
         ({"projector": {"kind": "moe", "top_k": 9}}, r"model.image.projector.top_k is 9, of 4 experts"),
+        ({"projector": {"kind": "words"}}, r"model.image.projector.kind is words, .*; an image has no order"),
         ({"budgets": ["/4"]}, r"model.image.budgets are rates \(/4\); images take counts"),
         ({"budgets": {"start": 2}}, r"model.image.budgets is a list, or {start, stop, step} of counts"),
         ({"span": ["<image>"]}, "model.image.span is the token before and the token after"),
@@ -133,6 +134,19 @@ def test_values_that_cannot_be_are_refused_by_their_full_key(change: dict[str, A
         image["encoder"] = {"source": "clip", **change["encoder"]}
     with pytest.raises(ValueError, match=message):
         read_run_config(run_values(image=image))
+
+
+def test_words_are_heard_by_pooling_compressors_that_learn_them_from_captions() -> None:
+    audio = {"encoder": "w", "projector": "words", "budgets": ["/4"]}
+    values = run_values(audio=audio)
+    values["data"]["captions"] = ["c.jsonl"]
+    assert read_run_config(values).train.word_steps == 1000
+    with pytest.raises(
+        ValueError, match=r"model.audio.projector is words, .* from data.captions; name manifests there"
+    ):
+        read_run_config(run_values(audio=audio))
+    with pytest.raises(ValueError, match=r"model.audio.projector.kind is words, which goes with compressor pool, not"):
+        read_run_config(run_values(audio={**audio, "compressor": "stack"}))
 
 
 def test_plain_text_is_the_source_of_an_encoder_and_the_kind_of_the_rest() -> None:

@@ -179,6 +179,8 @@ def test_lip_flops_follow_the_size_of_the_crop(height: int, width: int) -> None:
         ("image", {"compressor": {"kind": "hybrid", "anchors": [4, 9]}, "budgets": [14]}, (9, 0)),
         ("image", {"compressor": {"kind": "hybrid", "anchors": [4]}, "budgets": [12]}, (1, 0)),
         ("audio", {"compressor": "pool", "projector": {"hidden_size": 20}, "budgets": ["/2", "/4"]}, (4, 4)),
+        ("audio", {"projector": {"kind": "words", "num_words": 9}, "budgets": ["/2", "/4"]}, (4, 4)),
+        ("audio", {"projector": {"kind": "words", "hidden_size": 5, "stretch_frames": 1}, "budgets": ["/2"]}, (8, 2)),
         ("audio", {"compressor": "stack", "budgets": ["/2", "/5"]}, (8, 2)),
         ("audio", {"compressor": {"kind": "query", "num_queries": 2, "window_frames": 8}, "budgets": ["/4"]}, (6, 4)),
     ],

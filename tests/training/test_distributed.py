@@ -57,12 +57,13 @@ def test_one_budget_at_a_time_is_the_same_run_also_where_processes_run_different
 
 
 @pytest.mark.slow
-def test_projectors_are_fitted_alike_also_where_a_process_lacks_a_medium(tmp_path: Path) -> None:
-    worker.fit_captions(tmp_path, 0, 1)
-    launch(tmp_path, "captions")
-    expected = load_file(tmp_path / "captions-0-of-1.safetensors")
+@pytest.mark.parametrize("start", ["captions", "words"])
+def test_projectors_start_alike_on_two_processes_also_where_one_lacks_a_medium(tmp_path: Path, start: str) -> None:
+    worker.STARTS[start](tmp_path, 0, 1)
+    launch(tmp_path, start)
+    expected = load_file(tmp_path / f"{start}-0-of-1.safetensors")
     for rank in range(2):
-        saved = load_file(tmp_path / f"captions-{rank}-of-2.safetensors")
+        saved = load_file(tmp_path / f"{start}-{rank}-of-2.safetensors")
         assert saved.keys() == expected.keys()
         for key, value in expected.items():
             torch.testing.assert_close(saved[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")

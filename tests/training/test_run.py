@@ -56,8 +56,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings_of(world: Path, output: Path, *, data: dict | None = None, **train) -> RunConfig:
-    model = tiny.settings_on({name: str(world / "parts" / name) for name in ("llm", "image", "audio", "video")})
+def settings_of(
+    world: Path, output: Path, *, data: dict | None = None, audio: dict | None = None, **train
+) -> RunConfig:
+    parts = {name: str(world / "parts" / name) for name in ("llm", "image", "audio", "video")}
+    model = tiny.settings_on(parts, audio=audio or {})
     train_values = {"max_steps": 4, "save_every": 2, "log_every": 2, "progress": False, "use_cpu": True, **train}
     data_values = {"tokens_per_batch": 512, "max_rows": 3, "num_workers": 0, "max_bad_fraction": 0.1, **(data or {})}
     return RunConfig(
@@ -105,6 +108,31 @@ def test_projectors_start_at_what_captions_say_and_a_resumed_run_does_not_start_
     train(settings_of(world, tmp_path / "fitted", data=data, **rates), resume="auto")
     resumed, whole = load_file(tmp_path / "fitted" / TRAINABLES), load_file(tmp_path / "whole" / TRAINABLES)
     assert all(value.equal(whole[name]) for name, value in resumed.items())
+
+
+def test_words_are_learned_beside_projectors_that_are_fitted_and_a_resumed_run_keeps_them(
+    world: Path, tmp_path: Path
+) -> None:
+    audio = {"projector": {"kind": "words", "num_words": 12, "stretch_frames": 2, "hidden_size": 8}}
+    data = {"captions": [str(captions_of(world))]}
+    rates = {"learning_rate": 1e-9, "max_steps": 2, "save_every": 1, "word_steps": 3}
+    train(settings_of(world, tmp_path / "run", data=data, audio=audio, **rates))
+    trained = load_file(tmp_path / "run" / TRAINABLES)
+    matrix = trained["model.compressors.audio.projectors.0.words.weight"]
+    assert matrix.shape == (32, 13)
+    model, processor = load(tmp_path / "run")
+    table = model.get_input_embeddings().weight.detach()
+    near = torch.nn.functional.cosine_similarity(matrix.T[1:, None], table[None], dim=-1).max(1)
+    torch.testing.assert_close(near.values, torch.ones(12), rtol=1e-4, atol=0.0)
+    heard = processor.tokenizer.convert_ids_to_tokens(near.indices.tolist())
+    assert "Ġthe" in heard
+    assert "Ġred" not in heard  # an image's
+    captions_of(world).write_text("", encoding="utf-8")  # nothing is left to learn from
+    shutil.rmtree(tmp_path / "run" / "checkpoint-00000002")
+    (tmp_path / "run" / TRAINABLES).unlink()
+    train(settings_of(world, tmp_path / "run", data=data, audio=audio, **rates), resume="auto")
+    resumed = load_file(tmp_path / "run" / TRAINABLES)
+    assert all(value.equal(trained[name]) for name, value in resumed.items())
 
 
 def test_task_weights_name_tasks_of_the_samples(world: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from caption_fit import fit
 from harness import make_trainer, run_settings
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
+from word_lessons import teach
 
 from mllm.config.model import LoraBankConfig, MomeConfig
 from mllm.config.run import RunConfig, SamplerConfig
@@ -121,6 +122,15 @@ def fit_captions(folder: Path, rank: int, world: int) -> None:
     save_file(model.model.compressors.state_dict(), folder / f"captions-{rank}-of-{world}.safetensors")
 
 
+def learn_words(folder: Path, rank: int, world: int) -> None:
+    """Teach a toy projector words by captions dealt out over processes; save the weights."""
+    model, _ = teach(num_steps=4, batch_size=20 // world, rank=rank, world=world)
+    save_file(model.model.compressors.state_dict(), folder / f"words-{rank}-of-{world}.safetensors")
+
+
+STARTS = {"captions": fit_captions, "words": learn_words}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
@@ -130,8 +140,8 @@ def main() -> None:
     arguments = parser.parse_args()
     prepare_launch(use_cpu=True, deepspeed=arguments.deepspeed is not None)
     for name in arguments.scenarios:
-        if name == "captions":
-            fit_captions(arguments.folder, PartialState().process_index, 2)
+        if name in STARTS:
+            STARTS[name](arguments.folder, PartialState().process_index, 2)
             continue
         settings = scenario_settings(name, arguments.folder, 2, deepspeed=arguments.deepspeed)
         trainer = run_scenario(name, settings, shards_llm=arguments.fsdp2)

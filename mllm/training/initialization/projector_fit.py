@@ -29,10 +29,12 @@ from torch.utils.data import DataLoader
 
 from mllm.budget import Budget
 from mllm.model.media_arguments import SIZE_KEYS, VALUE_KEYS
-from mllm.model.modeling import ElasticForConditionalGeneration, Features
-from mllm.processing.batch import Batch, EncodedSample, Expanded
+from mllm.model.modeling import ElasticForConditionalGeneration
+from mllm.processing.batch import Batch, Expanded
 from mllm.processing.processor import ElasticProcessor
+from mllm.training.initialization.captions import check_captions, meeting, only, read_at, word_tokens
 from mllm.training.initialization.readouts import Readout, opened, readouts, with_one
+from mllm.training.initialization.word_start import word_media
 
 RIDGES = tuple(10.0 ** (step / 2) for step in range(-6, 3))
 """Penalties that are tried, as multiples of the mean variance of the layer's inputs; a larger one would show all media
@@ -85,14 +87,15 @@ def fit_projectors(
             that does not end in a linear map.
     """
     sums: dict[tuple[str, int], _Sums] = {}
+    of_words = set(word_media(model))  # they have learned to hear their words before
     model.eval()
     too_short: Counter[str] = Counter()
     for index, inputs in enumerate(batches):
         if index < num_counted:
             batch: Batch = inputs["batch"]
-            _check_captions(batch)
-            for medium in sorted(batch.media):
-                too_short += _add(sums, model, processor, _only(batch, medium), medium)
+            check_captions(batch)
+            for medium in sorted(batch.media - of_words):
+                too_short += _add(sums, model, processor, only(batch, medium), medium)
             if progress is not None:
                 progress(index + 1, num_counted)
     for budget, count in sum(gather_object([too_short]), Counter()).items():
@@ -149,14 +152,14 @@ def _add(
         values = {name: value.to(device) for name, value in batch.values.items()}
         features = model.model.encode(medium, values[VALUE_KEYS[medium]], values.get(SIZE_KEYS[medium]))
         for which, readout in enumerate(all_readouts):
-            able = _meeting(batch, readout, processor)
+            able = meeting(batch, (readout.largest, readout.smallest), processor)
             if num_left := len(batch.rows) - len(able.rows):
                 too_short[str(readout.smallest)] += num_left
             if not able.rows:
                 continue
-            expanded, read, counts, shown = _read(model, processor, able, readout.largest, medium, features)
+            expanded, read, counts, shown = read_at(model, processor, able, readout.largest, medium, features)
             summed, number = readout.summed(read, counts, shown.values, shown.lengths)
-            _, few, few_counts, _ = _read(model, processor, able, readout.smallest, medium, features)
+            _, few, few_counts, _ = read_at(model, processor, able, readout.smallest, medium, features)
             tokens = with_one(few[torch.arange(few.shape[1], device=device) < few_counts[:, None]].double())
             targets, words = _targets(model, processor, expanded, device)
             parts = [summed.double(), number.double()[:, None], torch.ones_like(targets[:, :1]), targets]
@@ -167,48 +170,13 @@ def _add(
     return too_short
 
 
-def _meeting(batch: Batch, readout: Readout, processor: ElasticProcessor) -> Batch:
-    """Keep the rows that can meet the budgets a projector is fitted at; the encoded items stay as they are."""
-
-    def meets(row: EncodedSample) -> bool:
-        try:
-            for budget in (readout.largest, readout.smallest):
-                row.token_counts(budget, processor.space)
-        except ValueError:  # too short for it: found and left out of training likewise, when it is loaded
-            return False
-        return True
-
-    return Batch([row for row in batch.rows if meets(row)], batch.values)
-
-
-def _read(
-    model: Any, processor: ElasticProcessor, batch: Batch, budget: Budget, medium: str, features: Features
-) -> tuple[Expanded, Tensor, Tensor, Features]:
-    """Expand rows to a budget; also return what the open compressor gives (N, K, D'), counts (N,), and features."""
-    expanded = processor.expand(batch, [[budget] * len(batch.rows)], left_padding=False)
-    inputs = {name: value.to(features.values.device) for name, value in expanded.inputs.items()}
-    index, counts = inputs.get(f"{medium}_index"), inputs[f"num_{medium}_tokens"]
-    read = model.model.compress(
-        medium,
-        features,
-        num_tokens=counts,
-        rates=inputs.get(f"{medium}_rates"),
-        index=index,
-        max_tokens=inputs["input_ids"].shape[1],
-    )
-    shown = slice(len(counts)) if index is None else index
-    return expanded, read, counts, Features(features.values[shown], features.lengths[shown])
-
-
 def _targets(
     model: Any, processor: ElasticProcessor, expanded: Expanded, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Sum the embeddings of every answer's words (N, H), and add up [their number, their squared lengths] (2,)."""
     labels, label_numbers = expanded.labels.unique(return_inverse=True)
-    # Punctuation and special tokens stand in every caption alike and say nothing about any image.
-    texts = [processor.tokenizer.decode([max(label, 0)], skip_special_tokens=True) for label in labels.tolist()]
-    are_words = [label >= 0 and any(map(str.isalnum, text)) for label, text in zip(labels.tolist(), texts, strict=True)]
-    is_word = torch.tensor(are_words)[label_numbers]
+    words = word_tokens(labels.tolist(), processor.tokenizer)
+    is_word = torch.tensor([label in words for label in labels.tolist()])[label_numbers]
     embedded = model.get_input_embeddings()(expanded.labels.where(is_word, 0).to(device)).double()
     embedded = embedded * is_word.to(device)[..., None]
     return embedded.sum(1), torch.stack([is_word.sum().to(device).double(), embedded.square().sum()])
@@ -283,22 +251,3 @@ def _log(fit: Fit) -> None:
 def _readouts(model: Any, processor: ElasticProcessor, medium: str) -> list[Readout]:
     trained = [Budget({medium: amount}) for amount in processor.space.media[medium].trained]
     return readouts(model.model.compressors[medium], trained)
-
-
-def _check_captions(batch: Batch) -> None:
-    for row in batch.rows:
-        if len(row.spans) != 1:
-            raise ValueError(
-                f"sample {row.sample_id!r} of data.captions shows {len(row.spans)} media items; a caption has one"
-            )
-        span = row.spans[0]
-        if span.extent.image_pixels is not None or span.encoder != span.extent.medium:
-            raise ValueError(
-                f"sample {row.sample_id!r} of data.captions is several encoded images (tiles or frames), and "
-                "projectors are fitted to one; leave out data.captions"
-            )
-
-
-def _only(batch: Batch, medium: str) -> Batch:
-    """Keep the rows that show an item of a medium; the encoded items stay as they are."""
-    return Batch([row for row in batch.rows if row.spans[0].extent.medium == medium], batch.values)

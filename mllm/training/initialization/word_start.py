@@ -1,0 +1,261 @@
+"""Teaches word projectors to hear on captions, before the first step, so that training starts from words.
+
+Knows soft tokens, the LLM's word embeddings and captions; `word_choice.py` says which words there are. Does not know
+the LLM's layers, losses or sampled budgets.
+
+From an LLM's answers alone a projector takes thousands of steps to find which sounds make which word, since the LLM
+must learn to listen at the same time. Connectionist temporal classification (Graves et al. 2006) needs no LLM: it sums
+over all ways in which a caption's words, in order, with nothing between them, can lie on the features. A step costs a
+tenth of one through a small LLM. What is heard is then given to the LLM as its own embeddings (LegoSLM, arXiv
+2505.11352), which it must only learn to read.
+
+Shapes: N items, T features, W words, H the LLM's hidden size.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+from zlib import crc32
+
+import numpy as np
+import torch
+from accelerate.utils import reduce
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import get_linear_schedule_with_warmup
+
+from mllm.budget import Budget
+from mllm.compressors import Pool, WordProjector
+from mllm.data.manifest import Sample
+from mllm.model.media_arguments import SIZE_KEYS, VALUE_KEYS
+from mllm.model.modeling import Features
+from mllm.processing.batch import Batch, Expanded
+from mllm.processing.processor import ElasticProcessor
+from mllm.training.initialization.captions import check_captions, meeting, only, read_at
+from mllm.training.initialization.word_choice import Spelling, choose_words
+
+MASK_PROBABILITY, MASK_FEATURES = 0.02, 6
+"""How often features begin that are put out, and how many are: a word must be heard without all of its features."""
+BETAS = (0.9, 0.98)
+LARGEST_GRADIENT = 1.0
+WARMUP_FRACTION = 0.05
+SCALED_BATCHES = 4
+"""The batches by which the length of soft tokens is measured at the end."""
+CHUNK = 1024
+"""Conversations that are tokenised in one call."""
+
+logger = logging.getLogger(__name__)
+
+
+def word_media(model: Any) -> list[str]:
+    """List the media whose projector is one to words."""
+    return [medium for medium in model.model.compressors if _projector(model, medium) is not None]
+
+
+def teach_words(
+    model: Any,
+    processor: ElasticProcessor,
+    samples: Sequence[Sample],
+    batches: Iterable[Any],
+    *,
+    num_steps: int,
+    learning_rate: float,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Choose the words of every word projector, teach it to hear them, and give it their embeddings.
+
+    Every process calls this; the gradients of all are added up.
+
+    Args:
+        samples: the captions, one medium item and one answer each.
+        batches: of the captions, without end, those of this process.
+        num_steps: a batch each.
+        learning_rate: the largest; it rises in a twentieth of the steps and falls to nothing at the end.
+        seed: of the features that are put out.
+        progress: is called with how many of how many steps are done.
+
+    Raises:
+        ValueError: a row that is no caption (it is named), or captions with too few or too many words.
+    """
+    teachers = [_Teacher.of(model, processor, medium, samples) for medium in word_media(model)]
+    parameters = [parameter for teacher in teachers for parameter in teacher.learning()]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=BETAS, weight_decay=0.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, max(1, int(num_steps * WARMUP_FRACTION)), num_steps)
+    model.eval()
+    rest = iter(batches)
+    for step in range(num_steps):
+        batch: Batch = next(rest)["batch"]
+        check_captions(batch)
+        if step == num_steps // 2:
+            for teacher in teachers:
+                teacher.found.zero_()
+        num_words = sum(teacher.listen(batch, (seed, step)) for teacher in teachers)
+        _add_up(parameters, num_words)
+        nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if progress is not None:
+            progress(step + 1, num_steps)
+    scaled = [next(rest)["batch"] for _ in range(SCALED_BATCHES)]
+    for teacher in teachers:
+        teacher.give_embeddings(scaled)
+        teacher.report()
+
+
+@dataclass
+class _Teacher:
+    """Teaches the word projector of one medium.
+
+    Args:
+        found: (3,) float64, of the captions of this process in the second half of the steps: their words, the negative
+            log likelihood of these, and how many have no place for theirs.
+    """
+
+    model: Any
+    processor: ElasticProcessor
+    medium: str
+    projector: WordProjector
+    spelling: Spelling
+    found: Tensor
+
+    @classmethod
+    def of(cls, model: Any, processor: ElasticProcessor, medium: str, samples: Sequence[Sample]) -> "_Teacher":
+        """Choose the words of a medium by its captions."""
+        projector = _projector(model, medium)
+        assert projector is not None
+        counts = _counted(samples, processor, medium)
+        try:
+            spelling = choose_words(counts, processor.tokenizer, projector.num_words)
+        except ValueError as error:
+            raise ValueError(f"model.{medium}.{error}") from error
+        return cls(model, processor, medium, projector, spelling, torch.zeros(3, dtype=torch.float64))
+
+    def learning(self) -> list[nn.Parameter]:
+        """List what learns to hear: all but the embeddings."""
+        return [value for name, value in self.projector.named_parameters() if not name.startswith("words")]
+
+    def listen(self, batch: Batch, seeds: Sequence[int]) -> int:
+        """Add the gradient of a batch's captions, summed over their words, and return how many words they have.
+
+        Args:
+            seeds: of the features that are put out, with the captions' ids.
+        """
+        batch = only(batch, self.medium)
+        if not batch.rows:
+            return 0
+        features, expanded = self._heard(batch)
+        spelled = [self.spelling.of(labels) for labels in expanded.labels.tolist()]
+        kept = torch.stack(
+            [_kept(features.values.shape[1], [*seeds, crc32(row.sample_id.encode())]) for row in batch.rows]
+        )
+        values = features.values * kept.to(features.values)[..., None]
+        scores = self.projector.scores(values).log_softmax(-1, dtype=torch.float32)
+        # A caption with more words than features, or with none, has no likelihood and no gradient.
+        lost = functional.ctc_loss(
+            scores.transpose(0, 1),
+            torch.tensor([word for words in spelled for word in words], device=scores.device),
+            self.projector.count_stretches(features.lengths),
+            torch.tensor([len(words) for words in spelled], device=scores.device),
+            reduction="none",
+        )
+        has_place = lost.isfinite()
+        total = lost.where(has_place, 0.0).sum()
+        total.backward()
+        num_words = sum(map(len, spelled))
+        self.found += torch.tensor([num_words, total.item(), float((~has_place).sum())], dtype=torch.float64)
+        return num_words
+
+    def _heard(self, batch: Batch) -> tuple[Features, Expanded]:
+        """Encode the items of a batch, and expand its rows to the largest budget."""
+        expanded = self.processor.expand(batch, [[self._trained()[0]] * len(batch.rows)], left_padding=False)
+        features = self._encoded(batch)
+        index = expanded.inputs.get(f"{self.medium}_index")
+        shown = slice(len(batch.rows)) if index is None else index.to(features.values.device)
+        return Features(features.values[shown], features.lengths[shown]), expanded
+
+    @torch.no_grad()
+    def _encoded(self, batch: Batch) -> Features:
+        device = self.model.get_input_embeddings().weight.device
+        values, sizes = (batch.values.get(keys[self.medium]) for keys in (VALUE_KEYS, SIZE_KEYS))
+        assert values is not None
+        return self.model.model.encode(self.medium, values.to(device), None if sizes is None else sizes.to(device))
+
+    def _trained(self) -> list[Budget]:
+        """List the trained budgets of the medium, largest first."""
+        return [Budget({self.medium: amount}) for amount in self.processor.space.media[self.medium].trained]
+
+    @torch.no_grad()
+    def give_embeddings(self, batches: Sequence[Batch]) -> None:
+        """Give every word the LLM's embedding, scaled so that soft tokens at the smallest budget are as long as words.
+
+        They are means over the most features, nearly all of which hold nothing, and so the shortest; see
+        `projector_fit._solve`. Nothing has the mean of the embeddings, as it is.
+        """
+        embed = self.model.get_input_embeddings()
+        matrix = self.projector.words.weight
+        ids = torch.tensor(self.spelling.words, device=embed.weight.device)
+        words = embed(ids).to(matrix)
+        matrix.zero_()
+        matrix[:, 1:] = words.T
+        squares = torch.zeros(2, dtype=torch.float64)
+        smallest = self._trained()[-1]
+        for batch in batches:
+            able = meeting(only(batch, self.medium), (smallest,), self.processor)
+            if not able.rows:
+                continue
+            _, soft, counts, _ = read_at(self.model, self.processor, able, smallest, self.medium, self._encoded(able))
+            squares += torch.tensor([float(soft.double().square().sum()), float(counts.sum())], dtype=torch.float64)
+        squares = cast(Tensor, reduce(squares.to(matrix.device), "sum"))
+        length = (squares[0] / squares[1].clamp(min=1)).sqrt()
+        if length > 0:
+            matrix *= (words.square().sum(-1).mean().sqrt() / length).to(matrix)
+        matrix[:, 0] = words.mean(0)
+
+    def report(self) -> None:
+        """Log how well the words are heard, on all processes, and how many captions were too short for theirs."""
+        num_words, lost, too_short = cast(Tensor, reduce(self.found.to(self.model.device), "sum")).tolist()
+        logger.info(
+            "%s: %d words, heard at %.2f nats each over the last captions",
+            self.medium,
+            self.projector.num_words,
+            lost / max(num_words, 1),
+        )
+        if too_short:
+            logger.warning("%s: %d captions have more words than features, or none", self.medium, too_short)
+
+
+def _projector(model: Any, medium: str) -> WordProjector | None:
+    compressor = model.model.compressors[medium]
+    first = compressor.projectors[0] if isinstance(compressor, Pool) else None
+    return first if isinstance(first, WordProjector) else None
+
+
+def _counted(samples: Sequence[Sample], processor: ElasticProcessor, medium: str) -> Counter[int]:
+    """Count the target tokens of a medium's captions."""
+    messages = [sample.messages for sample in samples if any(part.medium == medium for part in sample.media)]
+    counts: Counter[int] = Counter()
+    for start in range(0, len(messages), CHUNK):
+        for prompt in processor.chat.encode_all(messages[start : start + CHUNK]):
+            counts.update(label for label in prompt.labels if label >= 0)
+    return counts
+
+
+def _kept(num_features: int, seeds: Sequence[int]) -> Tensor:
+    """Put out some features of an item, a few at a time: (T,) with 0 there and 1 elsewhere."""
+    begins = torch.from_numpy(np.random.default_rng(seeds).random(num_features) < MASK_PROBABILITY).float()
+    before = functional.pad(begins, (MASK_FEATURES - 1, 0))
+    return 1.0 - functional.max_pool1d(before[None], MASK_FEATURES, stride=1)[0]
+
+
+def _add_up(parameters: Sequence[nn.Parameter], num_words: int) -> None:
+    """Add up the gradients of all processes, per word of all of them."""
+    gradients = [torch.zeros_like(value) if value.grad is None else value.grad for value in parameters]
+    counted = torch.tensor([float(num_words)], device=gradients[0].device)
+    whole = cast(Tensor, reduce(torch.cat([counted, *(gradient.flatten() for gradient in gradients)]), "sum"))
+    parts = (whole[1:] / whole[0].clamp(min=1)).split([value.numel() for value in parameters])
+    for value, part in zip(parameters, parts, strict=True):
+        value.grad = part.view_as(value).clone()

@@ -1,0 +1,108 @@
+"""Word projectors learn to hear planted words, and are given the embeddings of the LLM for them."""
+
+from collections import Counter
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from word_lessons import counted, planted, settings, teach
+
+from mllm.budget import Budget
+from mllm.compressors import WordProjector
+from mllm.training.initialization.word_choice import Spelling, choose_words, spell
+
+
+@pytest.fixture(scope="module")
+def taught() -> tuple[Any, Any]:
+    """A model whose projector was taught, and its processor."""
+    return teach(num_steps=300)
+
+
+def test_words_are_heard_in_captions_that_taught_nothing(taught: tuple[Any, Any]) -> None:
+    model, processor = taught
+    projector: WordProjector = model.model.compressors["audio"].projectors[0]
+    _, rows = planted(range(100, 130))
+    features, _ = model.model.audio_tower(
+        torch.stack([parts[0].values for parts, _ in rows]), torch.full((len(rows),), 32 * 320)
+    )
+    best = projector.scores(features).argmax(-1)[:, :16].tolist()
+    spelled: Spelling = choose_words(counted(processor, range(60)), processor.tokenizer, 20)
+    heard = [[word for before, word in pairwise([0, *row]) if word not in (0, before)] for row in best]
+    said = [spelled.of(processor.tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]) for _, answer in rows]
+    assert heard == said
+
+
+def test_words_have_the_embeddings_of_the_llm_at_the_length_that_the_smallest_budget_needs(
+    taught: tuple[Any, Any],
+) -> None:
+    model, processor = taught
+    projector = model.model.compressors["audio"].projectors[0]
+    spelled = choose_words(counted(processor, range(60)), processor.tokenizer, 20)
+    table = model.get_input_embeddings().weight.detach()[spelled.words]
+    matrix = projector.words.weight.detach().T
+    scale = (matrix[1:].norm() / table.norm()).item()
+    torch.testing.assert_close(matrix[1:], scale * table)
+    torch.testing.assert_close(matrix[0], table.mean(0))
+    assert scale > 1  # soft tokens of 8 features, of which half hold nothing
+
+
+def test_what_is_heard_does_not_depend_on_how_far_a_batch_is_filled_up() -> None:
+    projector = WordProjector(in_size=8, hidden_size=16, num_words=5, stretch_frames=4, out_size=6)
+    torch.nn.init.normal_(projector.norm.bias)
+    features = torch.randn(2, 7, 8, generator=torch.Generator().manual_seed(0))
+    longer = torch.cat([features, torch.zeros(2, 6, 8)], dim=1)
+    torch.testing.assert_close(projector(longer)[:, :7], projector(features))
+    assert projector.count_stretches(torch.tensor([1, 4, 5, 8])).tolist() == [1, 1, 2, 2]
+
+
+def test_a_stretch_becomes_the_mean_of_its_words() -> None:
+    projector = WordProjector(in_size=3, hidden_size=4, num_words=2, stretch_frames=1, out_size=5)
+    features = torch.randn(1, 6, 3, generator=torch.Generator().manual_seed(1))
+    hidden = torch.nn.functional.gelu(projector.norm(features) @ projector.read.weight.T + projector.read.bias)
+    scores = hidden @ projector.score.weight.T + projector.score.bias
+    expected = scores.exp() / scores.exp().sum(-1, keepdim=True) @ projector.words.weight.T
+    torch.testing.assert_close(projector(features), expected)
+
+
+def test_rare_tokens_are_spelled_by_common_ones() -> None:
+    assert spell("there", {"t": 3.0, "h": 3.0, "e": 3.0, "r": 3.0, "the": 2.0, "re": 2.5}) == ["the", "re"]
+    tokenizer = tiny.TOKENIZER
+    texts = [" red square", " red circle", " red", " blue"]
+    counts = Counter(token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"])
+    strings = {token: str(tokenizer.convert_ids_to_tokens(token)) for token in counts}
+    num_words = len({character for string in strings.values() for character in string}) + 8
+    spelling = choose_words(counts, tokenizer, num_words)
+    assert len(set(spelling.words)) == num_words
+    for token, string in strings.items():
+        words = [str(tokenizer.convert_ids_to_tokens(spelling.words[number - 1])) for number in spelling.of([token])]
+        assert "".join(words) == string
+    [red] = tokenizer(" red", add_special_tokens=False)["input_ids"]
+    assert spelling.of([red]) == [1 + spelling.words.index(red)]  # the commonest is a word
+
+
+def test_too_many_and_too_few_words_are_refused_by_the_key() -> None:
+    processor = tiny.processor(settings())
+    counts = counted(processor, range(60))
+    with pytest.raises(ValueError, match=r"projector\.num_words is 3; the captions have \d+ characters"):
+        choose_words(counts, processor.tokenizer, 3)
+    with pytest.raises(
+        ValueError, match=r"projector\.num_words is 500; the captions hold \d+ tokens; allowed: as many"
+    ):
+        choose_words(counts, processor.tokenizer, 500)
+
+
+def test_the_smallest_budget_is_as_long_as_words(taught: tuple[Any, Any]) -> None:
+    model, processor = taught
+    matrix = model.model.compressors["audio"].projectors[0].words.weight.data
+    of_nothing, matrix[:, 0] = matrix[:, 0].clone(), 0.0
+    _, rows = planted(range(40))
+    batch = tiny.batch(processor, rows, for_training=True)
+    inputs = processor.expand(batch, [[Budget.parse("audio=/8")] * 40], left_padding=False).inputs
+    embeds = model.model.embed(inputs["input_ids"], inputs).detach()
+    matrix[:, 0] = of_nothing
+    soft = embeds[inputs["input_ids"] == processor.placeholder_ids["audio"]]
+    spelled = choose_words(counted(processor, range(60)), processor.tokenizer, 20)
+    words = model.get_input_embeddings().weight.detach()[spelled.words]
+    torch.testing.assert_close(soft.square().sum(1).mean(), words.square().sum(1).mean(), rtol=1e-2, atol=0.0)
