@@ -9,7 +9,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
@@ -189,10 +189,10 @@ def evaluation_settings(settings: RealDemoConfig) -> EvaluationConfig:
     )
 
 
-def _computed_dtype() -> str:
+def _computed_dtype() -> Literal["float32", "bfloat16"]:
     """Name the type that this CPU computes faster in."""
     import torch
 
     from mllm.utils.cpu_dtype import cpu_dtype
 
-    return str(cpu_dtype(torch.bfloat16)).removeprefix("torch.")
+    return "bfloat16" if cpu_dtype(torch.bfloat16) == torch.bfloat16 else "float32"
