@@ -83,13 +83,13 @@ class Shards:
     Args:
         samples_of: see `SamplesOf`.
         commits: of the data sets of a hub among them, by the names that they were given.
-        cache: fetches those of a hub.
+        hub_cache: fetches those of a hub.
     """
 
     shards: Sequence[LocalShard | HubShard]
     samples_of: SamplesOf
     commits: Mapping[str, str] = field(default_factory=dict)
-    cache: HubCache | None = None
+    hub_cache: HubCache | None = None
 
     @classmethod
     def of(
@@ -99,7 +99,7 @@ class Shards:
         reader: ReaderConfig,
         *,
         listings: Mapping[str, HubListing] | None = None,
-        cache: HubCache | None = None,
+        hub_cache: HubCache | None = None,
     ) -> "Shards":
         """Find the shards that names and patterns stand for.
 
@@ -107,7 +107,7 @@ class Shards:
             names: files, folders and patterns of a disk (see `shard_files`), and those of a hub (see `hub.py`).
             root: that of `default_root` when None. Data of a hub lie below a folder of their own.
             listings: what the hub lists, by name; every name of a hub must be there.
-            cache: the hub's own when None.
+            hub_cache: the hub's own when None.
 
         Raises:
             ValueError, OSError: as `shard_files` and `find_tables`; or a shard that is named twice.
@@ -122,7 +122,7 @@ class Shards:
                 found[shard.name] = shard
         samples_of = tar_samples if reader.format == "webdataset" else table_samples
         commits = {name: listing.commit for name, listing in listings.items()}
-        return cls(list(found.values()), samples_of, commits, (cache or HubCache()) if listings else None)
+        return cls(list(found.values()), samples_of, commits, (hub_cache or HubCache()) if listings else None)
 
     def facts(self) -> dict[str, Any]:
         """Count the shards and make a digest of names and sizes: another list of shards makes another stream.
@@ -179,8 +179,8 @@ class Shards:
         """
         shard, listing, row = unit.shard, Listing(), 0
         if isinstance(shard, HubShard):
-            assert self.cache is not None
-            file, root = self.cache.wait_for(shard)
+            assert self.hub_cache is not None
+            file, root = self.hub_cache.wait_for(shard)
         else:
             file, root = shard.file, shard.root
         with listing.noting(shard.name, None, "the rest of it is left out"):
@@ -225,7 +225,7 @@ class SlotReader(Iterator[StreamedSample]):
 
     def let_go_before(self, unit: int) -> None:
         """Say that no media of earlier units are read any more."""
-        cache = self.shards.cache
+        cache = self.shards.hub_cache
         for number in [number for number in self._held if number < unit]:
             assert cache is not None
             cache.let_go(self._held.pop(number))
@@ -246,7 +246,7 @@ class SlotReader(Iterator[StreamedSample]):
             yield from self.shards.read(unit)
 
     def _hold(self, unit: _Unit, upcoming: Iterable[_Unit]) -> None:
-        cache = self.shards.cache
+        cache = self.shards.hub_cache
         if isinstance(unit.shard, HubShard):
             assert cache is not None
             cache.hold(unit.shard)

@@ -38,7 +38,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ToyHub]:
 def streamed(
     name: str, reader: ReaderConfig = TARS, commit: str | None = None, cache: HubCache | None = None
 ) -> Shards:
-    return Shards.of([name], None, reader, listings={name: list_shards(name, reader, commit)}, cache=cache)
+    return Shards.of([name], None, reader, listings={name: list_shards(name, reader, commit)}, hub_cache=cache)
 
 
 def row_of(one: StreamedSample) -> Any:
@@ -124,7 +124,7 @@ def test_only_shards_whose_turn_comes_are_fetched(hub: ToyHub, tmp_path: Path) -
     assert sum(hub.fetched.values()) == 2
     ahead = shards.samples(0, num_ahead=2)
     next(ahead)
-    for fetch in list(shards.cache._fetches.values()):  # type: ignore[union-attr]
+    for fetch in list(shards.hub_cache._fetches.values()):  # type: ignore[union-attr]
         fetch.result.result(timeout=30)
     assert sum(hub.fetched.values()) == 3
 

@@ -227,7 +227,7 @@ def test_shards_of_a_hub_are_kept_until_their_batches_are_loaded_and_no_longer(
                 max_rows=2,
                 num_workers=num_workers,
             )
-            shards = Shards.of(["owner/set"], None, reader, listings=listings, cache=cache)
+            shards = Shards.of(["owner/set"], None, reader, listings=listings, hub_cache=cache)
             notes = PoolNotes(tmp_path / ("kept" if cache is None else "bounded"))
             batches = StreamBatches(shards, count_tokens, config=config, seed=5, slots=RankSlots(), notes=notes)
             loader: Any = DataLoader(

@@ -69,7 +69,7 @@ def find_shards(config: RunConfig, commits: Mapping[str, str] | None = None) -> 
         raise ValueError(answer["error"])
     listings = {name: HubListing.of_plain(one) for name, one in answer["listings"].items()}
     cache = _cache(config, data.stream.max_disk_gb, is_needed=bool(listings))
-    return Shards.of(data.train, data.root, data.reader, listings=listings, cache=cache)
+    return Shards.of(data.train, data.root, data.reader, listings=listings, hub_cache=cache)
 
 
 def _cache(config: RunConfig, max_disk_gb: float | None, *, is_needed: bool) -> HubCache | None:
