@@ -52,7 +52,7 @@ test-faults: $(VENV)/dev.stamp $(VENV)-lips/stamp
 
 ## make test-slow  the tests that take minutes (several processes, DeepSpeed)
 test-slow: $(VENV)/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
 $(VENV)-real/stamp: $(LOCK) | $(VENV)-real/bin/python
 	$(VENV)-real/bin/python $(INSTALL) --no-check requirements/real.txt requirements/files.txt
@@ -163,7 +163,7 @@ $(VENV)-vllm/stamp: $(LOCK) | $(VENV)-vllm/bin/python
 test-vllm: $(VENV)-vllm/stamp
 	REQUIRE_VLLM=1 OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/vllm_plugin
 
-# What CI installs while the slow tests, which leave a core idle, run.
+# What CI installs while the slow tests run, which often wait for each other.
 environments: $(addsuffix /stamp,$(addprefix $(VENV)-,oldest real page liger))
 
 test-all: test test-slow test-page test-liger test-hosts test-lips test-lmms test-vllm
