@@ -86,10 +86,10 @@ def dry_run(config: RunConfig | Mapping[str, Any] | str | Path) -> DryRun:
     config = read_config(config)
     with tempfile.TemporaryDirectory() as folder:
         train = replace(config.train, out=folder, tensorboard=False, report_to=[], progress=False)
-        data = replace(config.data, num_workers=0, captions=[], features=None)
+        data = replace(config.data, num_workers=0, features=None)
         config = replace(config, train=train, data=data)
         arguments = launch(config)
-        dataset = load_dataset(config)
+        dataset = load_dataset(config, fits_captions=False)
         model, processor = build_model(config)
         trainer = build_trainer(config, model, processor, dataset, arguments=arguments)
         inputs = _fullest_batch(trainer)

@@ -188,25 +188,6 @@ def gather_json(value: Any) -> list[Any]:
     return [json.loads(bytes(row[:size].tolist())) for row, size in zip(rows, sizes, strict=True)]
 
 
-def from_main(value: Any) -> Any:
-    """Give every process the plain value of the main one; a collective.
-
-    It travels as JSON in a tensor: nothing is unpickled.
-    """
-    import torch
-    from accelerate import PartialState
-    from accelerate.utils import broadcast
-
-    state = PartialState()
-    if state.num_processes == 1:
-        return value
-    text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=state.device)
-    size = cast("Tensor", broadcast(torch.tensor([len(text)], device=state.device)))
-    if not state.is_main_process:
-        text = torch.zeros(int(size), dtype=torch.uint8, device=state.device)
-    return json.loads(bytes(cast("Tensor", broadcast(text)).cpu().tolist()))
-
-
 def _gather(value: "Tensor") -> "Tensor":
     from accelerate.utils import gather
 

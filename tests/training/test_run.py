@@ -29,6 +29,7 @@ from mllm.config.run import (
 )
 from mllm.data.manifest import Media, Message, Sample, Text, read_manifest, write_manifest
 from mllm.training.checkpoint import OPTIMIZER
+from mllm.training.dry_run import dry_run
 from mllm.training.optimization import split_moments
 from mllm.training.pipeline.batches import RankBatches, RankSlots
 from mllm.training.pipeline.token_scan import scan_tokens
@@ -116,7 +117,9 @@ def test_words_are_learned_beside_projectors_that_are_fitted_and_a_resumed_run_k
     audio = {"projector": {"kind": "words", "num_words": 12, "stretch_frames": 2, "hidden_size": 8}}
     data = {"captions": [str(captions_of(world))]}
     rates = {"learning_rate": 1e-9, "max_steps": 2, "save_every": 1, "word_steps": 3}
-    train(settings_of(world, tmp_path / "run", data=data, audio=audio, **rates))
+    settings = settings_of(world, tmp_path / "run", data=data, audio=audio, **rates)
+    assert dry_run(settings).num_rows > 0  # which learns no words
+    train(settings)
     trained = load_file(tmp_path / "run" / TRAINABLES)
     matrix = trained["model.compressors.audio.projectors.0.words.weight"]
     assert matrix.shape == (32, 13)

@@ -1,17 +1,19 @@
 """Word projectors learn to hear planted words, and are given the embeddings of the LLM for them."""
 
+import logging
 from collections import Counter
-from itertools import pairwise
+from itertools import pairwise, repeat
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from word_lessons import counted, planted, settings, teach
+from word_lessons import Planted, counted, planted, settings, teach
 
 from mllm.budget import Budget
 from mllm.compressors import WordProjector
 from mllm.training.initialization.word_choice import Spelling, choose_words, spell
+from mllm.training.initialization.word_start import teach_words
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,27 @@ def test_what_is_heard_does_not_depend_on_how_far_a_batch_is_filled_up() -> None
     longer = torch.cat([features, torch.zeros(2, 6, 8)], dim=1)
     torch.testing.assert_close(projector(longer)[:, :7], projector(features))
     assert projector.count_stretches(torch.tensor([1, 4, 5, 8])).tolist() == [1, 1, 2, 2]
+
+
+def test_a_caption_with_more_words_than_it_is_long_is_counted_and_teaches_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Row 2 has three words and one frame, which is less than a token of the largest budget too."""
+    caplog.set_level(logging.WARNING, "mllm")
+    taught = []
+    for rows in ([0, 1], [0, 1, 2]):
+        model, processor = tiny.model(settings()), tiny.processor(settings())
+        model.model.audio_tower = Planted()
+        samples, loaded = planted(range(60))
+        media = [loaded[row][0] for row in rows]
+        if 2 in rows:
+            media[2] = [tiny.LoadedMedia("audio", media[2][0].values, 320)]
+        batch = processor.batch([samples[row] for row in rows], media, for_training=True)
+        teach_words(model, processor, samples, repeat({"batch": batch}), num_steps=4, learning_rate=1e-2, seed=0)
+        taught.append(model.model.compressors.state_dict())
+    assert "audio: 2 times a caption had more words than features, and taught nothing" in caplog.messages
+    for name, value in taught[0].items():
+        torch.testing.assert_close(taught[1][name], value, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_a_stretch_becomes_the_mean_of_its_words() -> None:

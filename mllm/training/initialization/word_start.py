@@ -16,6 +16,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, cast
 from zlib import crc32
 
@@ -31,10 +32,11 @@ from mllm.compressors import Pool, WordProjector
 from mllm.data.manifest import Sample
 from mllm.model.media_arguments import SIZE_KEYS, VALUE_KEYS
 from mllm.model.modeling import Features
-from mllm.processing.batch import Batch, Expanded
+from mllm.processing.batch import Batch
 from mllm.processing.processor import ElasticProcessor
 from mllm.training.initialization.captions import check_captions, meeting, only, read_at
 from mllm.training.initialization.word_choice import Spelling, choose_words
+from mllm.training.pipeline.token_scan import CHUNK
 
 MASK_PROBABILITY, MASK_FEATURES = 0.02, 6
 """How often features begin that are put out, and how many are: a word must be heard without all of its features."""
@@ -43,8 +45,6 @@ LARGEST_GRADIENT = 1.0
 WARMUP_FRACTION = 0.05
 SCALED_BATCHES = 4
 """The batches by which the length of soft tokens is measured at the end."""
-CHUNK = 1024
-"""Conversations that are tokenised in one call."""
 
 logger = logging.getLogger(__name__)
 
@@ -147,35 +147,28 @@ class _Teacher:
         batch = only(batch, self.medium)
         if not batch.rows:
             return 0
-        features, expanded = self._heard(batch)
-        spelled = [self.spelling.of(labels) for labels in expanded.labels.tolist()]
-        kept = torch.stack(
-            [_kept(features.values.shape[1], [*seeds, crc32(row.sample_id.encode())]) for row in batch.rows]
-        )
-        values = features.values * kept.to(features.values)[..., None]
+        features, items = self._encoded(batch), [row.spans[0].item for row in batch.rows]
+        spelled = [self.spelling.of(row.labels) for row in batch.rows]
+        num_features = features.values.shape[1]
+        kept = torch.stack([_kept(num_features, [*seeds, crc32(row.sample_id.encode())]) for row in batch.rows])
+        values = features.values[items] * kept.to(features.values)[..., None]
         scores = self.projector.scores(values).log_softmax(-1, dtype=torch.float32)
-        # A caption with more words than features, or with none, has no likelihood and no gradient.
+        num_stretches = self.projector.count_stretches(features.lengths[items])
         lost = functional.ctc_loss(
             scores.transpose(0, 1),
             torch.tensor([word for words in spelled for word in words], device=scores.device),
-            self.projector.count_stretches(features.lengths),
+            num_stretches,
             torch.tensor([len(words) for words in spelled], device=scores.device),
-            reduction="none",
+            reduction="sum",
+            zero_infinity=True,  # a caption that has no place has no likelihood, and its gradient would be no number
         )
-        has_place = lost.isfinite()
-        total = lost.where(has_place, 0.0).sum()
-        total.backward()
-        num_words = sum(map(len, spelled))
-        self.found += torch.tensor([num_words, total.item(), float((~has_place).sum())], dtype=torch.float64)
+        lost.backward()
+        places = zip(spelled, num_stretches.tolist(), strict=True)
+        placed = [words for words, most in places if _least_stretches(words) <= most]
+        num_words = sum(map(len, placed))
+        found = [num_words, lost.item(), len(spelled) - len(placed)]
+        self.found += torch.tensor(found, dtype=torch.float64)
         return num_words
-
-    def _heard(self, batch: Batch) -> tuple[Features, Expanded]:
-        """Encode the items of a batch, and expand its rows to the largest budget."""
-        expanded = self.processor.expand(batch, [[self._trained()[0]] * len(batch.rows)], left_padding=False)
-        features = self._encoded(batch)
-        index = expanded.inputs.get(f"{self.medium}_index")
-        shown = slice(len(batch.rows)) if index is None else index.to(features.values.device)
-        return Features(features.values[shown], features.lengths[shown]), expanded
 
     @torch.no_grad()
     def _encoded(self, batch: Batch) -> Features:
@@ -225,7 +218,9 @@ class _Teacher:
             lost / max(num_words, 1),
         )
         if too_short:
-            logger.warning("%s: %d captions have more words than features, or none", self.medium, too_short)
+            logger.warning(
+                "%s: %d times a caption had more words than features, and taught nothing", self.medium, too_short
+            )
 
 
 def _projector(model: Any, medium: str) -> WordProjector | None:
@@ -244,6 +239,11 @@ def _counted(samples: Sequence[Sample], processor: ElasticProcessor, medium: str
     return counts
 
 
+def _least_stretches(words: Sequence[int]) -> int:
+    """Return how many stretches CTC needs for words: one for each, and one of nothing between two that are alike."""
+    return len(words) + sum(one == other for one, other in pairwise(words))
+
+
 def _kept(num_features: int, seeds: Sequence[int]) -> Tensor:
     """Put out some features of an item, a few at a time: (T,) with 0 there and 1 elsewhere."""
     begins = torch.from_numpy(np.random.default_rng(seeds).random(num_features) < MASK_PROBABILITY).float()
@@ -258,4 +258,4 @@ def _add_up(parameters: Sequence[nn.Parameter], num_words: int) -> None:
     whole = cast(Tensor, reduce(torch.cat([counted, *(gradient.flatten() for gradient in gradients)]), "sum"))
     parts = (whole[1:] / whole[0].clamp(min=1)).split([value.numel() for value in parameters])
     for value, part in zip(parameters, parts, strict=True):
-        value.grad = part.view_as(value).clone()
+        value.grad = part.view_as(value)

@@ -35,7 +35,7 @@ from mllm.training.pipeline.token_scan import (
     target_report,
 )
 from mllm.training.pipeline.worker_process import worker_options
-from mllm.utils.distributed import from_main
+from mllm.utils.distributed import gather_json
 
 POOLS = "stream"
 """Folder of a run that says where its stream was; see `PoolNotes`."""
@@ -64,7 +64,7 @@ def find_shards(config: RunConfig, commits: Mapping[str, str] | None = None) -> 
             if state.num_processes == 1:
                 raise
             answer = {"error": str(error)}
-    answer = from_main(answer)
+    answer = gather_json(answer)[0]
     if "error" in answer:  # the others would wait for a process that is gone
         raise ValueError(answer["error"])
     listings = {name: HubListing.of_plain(one) for name, one in answer["listings"].items()}
