@@ -32,7 +32,7 @@ from mllm.media import MediaLimits
 from mllm.model.configuration import ElasticConfig
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.precision import read_dtype
-from mllm.model.trainables import set_trainables, trainable_names
+from mllm.model.trainables import saved_names, set_trainables
 from mllm.processing.processor import ElasticProcessor
 from mllm.utils.fail_points import fail_point
 from mllm.utils.files import flush_to_disk, folder_aside
@@ -108,8 +108,8 @@ def _write_into(folder: Path, write: Callable[[Path], None], *, num_bytes: int |
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return what trains, by name, detached on the CPU."""
-    names = set(trainable_names(model))
+    """Return what trains, and what is held beside it, by name, detached on the CPU."""
+    names = set(saved_names(model))
     return {name: value.detach().cpu().contiguous() for name, value in model.named_parameters() if name in names}
 
 

@@ -44,6 +44,8 @@ class Settings:
     steps: int | None = None
     """Number of optimizer steps; with full those of a separate model, and three (speech) or four times as many of an
     elastic one."""
+    word_steps: int | None = None
+    """Number of steps in which the projector learns to hear words; only with real."""
     num_utterances: int | None = None
     """Number of spoken sentences to train on."""
     num_test_utterances: int | None = None

@@ -86,11 +86,11 @@ class WordsConfig:
     data.captions, on which it learns to hear before the first step."""
     num_words: int = 1024
     """Sets how many tokens of the LLM are words by themselves, characters among them; rarer ones are spelled by
-    these."""
+    these. With train.word_decoder some ten thousand, since it knows words that no caption holds."""
     stretch_frames: int = 4
     """Hears so many features at once: 4 of Whisper are 80 milliseconds."""
     hidden_size: int | Auto = "auto"
-    """Sets the size between the two layers that hear; auto is the LLM's hidden size."""
+    """Sets the size between the two layers of the part that is not linear; auto is the LLM's hidden size."""
     norm: ClassVar[bool] = False
     before_pooling: ClassVar[bool] = True
     per_budget: ClassVar[bool] = False

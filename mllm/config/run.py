@@ -6,7 +6,7 @@ Contradictions are refused here, before anything is loaded; every message names 
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 import yaml
@@ -236,6 +236,9 @@ class TrainConfig:
     process at a time, without the LLM; see training/initialization/word_start.py."""
     word_learning_rate: float = 1e-3
     """Sets the peak learning rate of these steps."""
+    word_decoder: str | None = None
+    """Starts these steps for audio from what the decoder of a whole Whisper knows, a folder or a hub name: the one
+    that model.audio.encoder comes from."""
     part_learning_rates: dict[Part, float] = field(default_factory=dict)
     """Sets other peak learning rates for some parts, e.g. {adapter: 2e-4}."""
     task_weights: dict[str, float] = field(default_factory=dict)
@@ -354,7 +357,11 @@ class TrainConfig:
         for task, weight in self.task_weights.items():
             if weight <= 0:
                 raise ValueError(f"train.task_weights.{task} is {weight}; it must be above 0")
-        for key, rate in (("learning_rate", self.learning_rate), *_named_rates(self.part_learning_rates)):
+        for key, rate in (
+            ("learning_rate", self.learning_rate),
+            ("word_learning_rate", self.word_learning_rate),
+            *_named_rates(self.part_learning_rates),
+        ):
             if rate <= 0:
                 raise ValueError(f"train.{key} is {rate}; it must be above 0")
 
@@ -439,12 +446,27 @@ class RunConfig:
                 "train.epochs cannot be counted in steps with data.stream, which does not know how many samples there "
                 "are; give train.max_steps"
             )
-        for medium, block in self.model.encoded_media.items():
-            if isinstance(block.projector, WordsConfig) and not self.data.captions and self.train.start_from is None:
-                raise ValueError(
-                    f"model.{medium}.projector is words, which are learned from data.captions; name manifests there, "
-                    "or a run in train.start_from"
-                )
+        self._check_words()
+
+    def _check_words(self) -> None:
+        """Refuse words without captions, and what is said of them where there are none."""
+        blocks = self.model.encoded_media
+        of_words = [medium for medium, block in blocks.items() if isinstance(block.projector, WordsConfig)]
+        if of_words and not self.data.captions and self.train.start_from is None:
+            raise ValueError(
+                f"model.{of_words[0]}.projector is words, which are learned from data.captions; name manifests there, "
+                "or a run in train.start_from"
+            )
+        defaults = {field.name: field.default for field in fields(TrainConfig)}
+        for key in ("word_steps", "word_learning_rate", "word_decoder"):
+            value = getattr(self.train, key)
+            if value == defaults[key]:
+                continue
+            if not of_words or not self.data.captions:
+                why = "data.captions names no manifest" if of_words else "no model.audio or model.video has a projector"
+                raise ValueError(f"train.{key} is {value}, but {why}{'' if of_words else ' of kind words'}")
+            if key == "word_decoder" and "audio" not in of_words:
+                raise ValueError(f"train.word_decoder is {value}, but model.audio has no projector of kind words")
 
     def _check_features(self, features: FeatureConfig) -> None:
         """Refuse features that cannot be kept, or would not be those of the run.

@@ -335,7 +335,8 @@ def _projector(projector: ProjectorConfig, in_size: int, out_size: int) -> int:
     hidden_size = 0 if isinstance(projector, LinearConfig) else projector.hidden_size
     hidden_size = out_size if isinstance(hidden_size, str) else hidden_size
     if isinstance(projector, WordsConfig):
-        return 2 * (hidden_size * in_size + (hidden_size + out_size) * (projector.num_words + 1))
+        heard = in_size * in_size + hidden_size * in_size * (projector.stretch_frames + 1)
+        return 2 * (heard + (in_size + out_size) * (projector.num_words + 1))
     one = hidden_size * (in_size + out_size) if hidden_size else in_size * out_size
     if isinstance(projector, MoeConfig):  # every expert runs on every token
         return 2 * projector.num_experts * (one + in_size + out_size)

@@ -4,11 +4,12 @@ Knows parameter names. Does not know why they should learn.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mllm.encoders import freeze
@@ -21,6 +22,8 @@ ADAPTER_MARKS = (".lora_", ".mome.")
 """What the names of an adapter's parameters hold."""
 OUTSIDE_MARK = ".adapter_"
 """The same of adapters from outside, in the LLM alone: encoders such as wav2vec 2.0 have such names of their own."""
+WORD_TABLE_MARK = ".word_table."
+"""What the names of a word projector's tables hold, which are made before the first step, and held from then on."""
 NEW_TOKENS = "model.new_tokens.rows"
 """The rows of tokens that the LLM was never trained on; see `mllm.model.new_tokens`."""
 
@@ -63,7 +66,7 @@ def set_trainables(model: Any, parts: tuple[str, ...] = ("compressors", "adapter
         parts: see `PARTS`.
 
     Returns:
-        The names of the trainable parameters, sorted. Checkpoints hold exactly these.
+        The names of what checkpoints hold, sorted; see `saved_names`.
 
     Raises:
         ValueError: an unknown part, or nothing left that trains.
@@ -74,18 +77,38 @@ def set_trainables(model: Any, parts: tuple[str, ...] = ("compressors", "adapter
         if medium not in parts and hasattr(model.model, encoder):
             freeze(getattr(model.model, encoder))
     for name, parameter in model.named_parameters():  # an adapter inside a frozen encoder learns all the same
-        parameter.requires_grad_(part_of(name) in parts or name == NEW_TOKENS)
-    names = trainable_names(model)
-    if not names:
+        learns = part_of(name) in parts and WORD_TABLE_MARK not in name
+        parameter.requires_grad_(learns or name == NEW_TOKENS)
+    if not trainable_names(model):
         raise ValueError(f"train.parts {list(parts)} leaves nothing to train in this model")
     model.config.trained_parts = list(parts)
     _log(model)
-    return names
+    return saved_names(model)
 
 
 def trainable_names(model: nn.Module) -> list[str]:
     """List the names of the parameters that learn, sorted."""
     return sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def held_names(model: Any) -> list[str]:
+    """List the names of the parameters that were made with what learns, and do not learn themselves, sorted."""
+    if "compressors" not in model.config.trained_parts:
+        return []
+    return sorted(name for name, _ in model.named_parameters() if WORD_TABLE_MARK in name)
+
+
+def saved_names(model: Any) -> list[str]:
+    """List the names of the parameters that checkpoints hold, sorted: those that learn, and those held beside them."""
+    return sorted({*trainable_names(model), *held_names(model)})
+
+
+def put_values(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copy values into parameters by their names."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in values.items():
+            parameters[name].copy_(value)
 
 
 def part_of(name: str) -> str:

@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 class CorpusConfig:
     """Say how much is written."""
 
-    num_train: int = 5000
+    num_train: int = 4000
     num_heldout: int = 60
     num_recordings: int | None = None
     """Number of recordings to test on, taken evenly from all there are; all when left out."""

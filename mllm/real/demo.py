@@ -37,9 +37,11 @@ class RealDemoConfig:
     """Folder for the parts, the corpus, the run, the evaluation and the report."""
     seed: int = 0
     """Random seed of the corpus, the initial values, the sampled budgets and the order of samples."""
+    word_steps: int | None = None
+    """Number of steps in which the projector learns to hear, before the first; the recipe's when left out."""
     steps: int | None = None
     """Number of optimizer steps, a tenth of them warm-up at most; the recipe's when left out."""
-    num_clips: int = 5000
+    num_clips: int = 4000
     """Number of synthesised clips to train on."""
     num_heldout_clips: int = 60
     """Number of synthesised clips of other sentences to test on, beside the recordings."""
@@ -47,7 +49,7 @@ class RealDemoConfig:
     """Number of real recordings to test on, taken evenly from all there are; all when left out."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, ["num_clips", "num_heldout_clips", "num_recordings"])
+        check_at_least(self, ["word_steps", "num_clips", "num_heldout_clips", "num_recordings"])
 
 
 def real_demo(settings: RealDemoConfig, *, progress: Progress | None = None) -> "tuple[RealFindings, dict[str, float]]":
@@ -166,6 +168,9 @@ def run_settings(settings: RealDemoConfig) -> Any:
     data["features"]["folder"] = str(out / data["features"]["folder"])
     model["dtype"] = train["precision"] = _computed_dtype()
     train["out"] = settings.out
+    train["word_decoder"] = str(out / train["word_decoder"])
+    if settings.word_steps is not None:
+        train["word_steps"] = settings.word_steps
     train["seed"] = model["seed"] = settings.seed
     if settings.steps is not None:
         train["max_steps"] = settings.steps

@@ -32,7 +32,7 @@ from mllm.data.manifest import Sample
 from mllm.data.shared_media import samples_that_share
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.precision import keep_in_float32
-from mllm.model.trainables import set_trainables, trainable_names, trains_in_shards
+from mllm.model.trainables import saved_names, set_trainables, trains_in_shards
 from mllm.processing.processor import ElasticProcessor
 from mllm.training.arguments import ElasticArguments, build_arguments
 from mllm.training.checkpoint import TRAINABLES, check_continues, choose_checkpoint, set_aside_refused
@@ -42,7 +42,8 @@ from mllm.training.feature_cache.features import FeatureDataset, pass_features_t
 from mllm.training.feature_cache.store import FeatureStore
 from mllm.training.initialization.projector_fit import fit_projectors
 from mllm.training.initialization.start_from import start_from
-from mllm.training.initialization.word_start import teach_words, word_media
+from mllm.training.initialization.word_decoder import read_word_decoder
+from mllm.training.initialization.word_start import WordLessons, teach_words, word_media
 from mllm.training.interruption import RunInterrupted, StopRequest, stopping_on_signals
 from mllm.training.llm_shards import mesh_of_all, shard_llm
 from mllm.training.memory import tell_memory
@@ -123,7 +124,7 @@ def train(
                 logger.info("%s is the last step already; nothing is trained", start.folder)
                 if arguments.should_save:  # a kill behind the last checkpoint may have left one too many
                     delete_old(arguments.run, config.train.keep_checkpoints)
-                load_trainables(trainer.elastic, start.folder / TRAINABLES, trainable_names(trainer.elastic))
+                load_trainables(trainer.elastic, start.folder / TRAINABLES, saved_names(trainer.elastic))
             else:
                 _fit(trainer, start, request)
             save(trainer)
@@ -183,8 +184,8 @@ def build_model(config: RunConfig) -> tuple[ElasticForConditionalGeneration, Ela
         OSError: a part that cannot be read.
     """
     model, processor = build(config.model, limits=config.data.limits)
-    set_trainables(model, config.parts)
-    keep_in_float32(parameter for parameter in model.parameters() if parameter.requires_grad)
+    saved = set(set_trainables(model, config.parts))
+    keep_in_float32(parameter for name, parameter in model.named_parameters() if name in saved)
     return model, processor
 
 
@@ -438,15 +439,19 @@ def _teach_words(
         seed=config.train.seed,
         slots=_slots(arguments),
     )
+    lessons = WordLessons(
+        num_steps=config.train.word_steps,
+        learning_rate=config.train.word_learning_rate,
+        seed=config.train.seed,
+        decoder=None if config.train.word_decoder is None else read_word_decoder(config.train.word_decoder),
+    )
     with _reporting("learning words", arguments) as report:
         teach_words(
             model,
             processor,
             dataset.samples,
             batches,
-            num_steps=config.train.word_steps,
-            learning_rate=config.train.word_learning_rate,
-            seed=config.train.seed,
+            lessons=lessons,
             progress=report,
         )
 

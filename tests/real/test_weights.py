@@ -168,7 +168,7 @@ def test_a_whole_whisper_and_its_bare_encoder_train_and_answer(
 
 def test_the_demo_runs_end_to_end_on_a_few_clips(tmp_path: Path) -> None:
     out = str(tmp_path / "demo")
-    settings = RealDemoConfig(out=out, steps=2, num_clips=24, num_heldout_clips=3, num_recordings=12)
+    settings = RealDemoConfig(out=out, word_steps=2, steps=2, num_clips=24, num_heldout_clips=3, num_recordings=12)
     table, seconds = real_demo(settings)
     table.write(tmp_path / "demo")
     assert list(table.soft_tokens) == ["audio=/4", "audio=/8", "audio=/16", "audio=/25"]

@@ -121,7 +121,7 @@ def test_words_are_learned_beside_projectors_that_are_fitted_and_a_resumed_run_k
     assert dry_run(settings).num_rows > 0  # which learns no words
     train(settings)
     trained = load_file(tmp_path / "run" / TRAINABLES)
-    matrix = trained["model.compressors.audio.projectors.0.words.weight"]
+    matrix = trained["model.compressors.audio.projectors.0.word_table.said.weight"]
     assert matrix.shape == (32, 13)
     model, processor = load(tmp_path / "run")
     table = model.get_input_embeddings().weight.detach()

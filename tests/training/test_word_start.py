@@ -13,7 +13,7 @@ from word_lessons import Planted, counted, planted, settings, teach
 from mllm.budget import Budget
 from mllm.compressors import WordProjector
 from mllm.training.initialization.word_choice import Spelling, choose_words, spell
-from mllm.training.initialization.word_start import teach_words
+from mllm.training.initialization.word_start import WordLessons, teach_words
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_words_have_the_embeddings_of_the_llm_at_the_length_that_the_smallest_bu
     projector = model.model.compressors["audio"].projectors[0]
     spelled = choose_words(counted(processor, range(60)), processor.tokenizer, 20)
     table = model.get_input_embeddings().weight.detach()[spelled.words]
-    matrix = projector.words.weight.detach().T
+    matrix = projector.word_table.said.weight.detach().T
     scale = (matrix[1:].norm() / table.norm()).item()
     torch.testing.assert_close(matrix[1:], scale * table)
     torch.testing.assert_close(matrix[0], table.mean(0))
@@ -52,7 +52,7 @@ def test_words_have_the_embeddings_of_the_llm_at_the_length_that_the_smallest_bu
 
 def test_what_is_heard_does_not_depend_on_how_far_a_batch_is_filled_up() -> None:
     projector = WordProjector(in_size=8, hidden_size=16, num_words=5, stretch_frames=4, out_size=6)
-    torch.nn.init.normal_(projector.norm.bias)
+    torch.nn.init.normal_(projector.linear.bias)
     features = torch.randn(2, 7, 8, generator=torch.Generator().manual_seed(0))
     longer = torch.cat([features, torch.zeros(2, 6, 8)], dim=1)
     torch.testing.assert_close(projector(longer)[:, :7], projector(features))
@@ -73,7 +73,13 @@ def test_a_caption_with_more_words_than_it_is_long_is_counted_and_teaches_nothin
         if 2 in rows:
             media[2] = [tiny.LoadedMedia("audio", media[2][0].values, 320)]
         batch = processor.batch([samples[row] for row in rows], media, for_training=True)
-        teach_words(model, processor, samples, repeat({"batch": batch}), num_steps=4, learning_rate=1e-2, seed=0)
+        teach_words(
+            model,
+            processor,
+            samples,
+            repeat({"batch": batch}),
+            lessons=WordLessons(num_steps=4, learning_rate=1e-2, seed=0),
+        )
         taught.append(model.model.compressors.state_dict())
     assert "audio: 2 times a caption had more words than features, and taught nothing" in caplog.messages
     for name, value in taught[0].items():
@@ -83,9 +89,9 @@ def test_a_caption_with_more_words_than_it_is_long_is_counted_and_teaches_nothin
 def test_a_stretch_becomes_the_mean_of_its_words() -> None:
     projector = WordProjector(in_size=3, hidden_size=4, num_words=2, stretch_frames=1, out_size=5)
     features = torch.randn(1, 6, 3, generator=torch.Generator().manual_seed(1))
-    hidden = torch.nn.functional.gelu(projector.norm(features) @ projector.read.weight.T + projector.read.bias)
-    scores = hidden @ projector.score.weight.T + projector.score.bias
-    expected = scores.exp() / scores.exp().sum(-1, keepdim=True) @ projector.words.weight.T
+    heard = projector.norm(projector.linear(features) + projector.mlp(features))
+    scores = torch.cat([projector.nothing(heard), projector.word_table.heard(heard)], -1)
+    expected = scores.exp() / scores.exp().sum(-1, keepdim=True) @ projector.word_table.said.weight.T
     torch.testing.assert_close(projector(features), expected)
 
 
@@ -118,7 +124,7 @@ def test_too_many_and_too_few_words_are_refused_by_the_key() -> None:
 
 def test_the_smallest_budget_is_as_long_as_words(taught: tuple[Any, Any]) -> None:
     model, processor = taught
-    matrix = model.model.compressors["audio"].projectors[0].words.weight.data
+    matrix = model.model.compressors["audio"].projectors[0].word_table.said.weight.data
     of_nothing, matrix[:, 0] = matrix[:, 0].clone(), 0.0
     _, rows = planted(range(40))
     batch = tiny.batch(processor, rows, for_training=True)

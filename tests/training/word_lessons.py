@@ -10,7 +10,7 @@ from blocks import merged
 
 from mllm.config.model import ModelConfig
 from mllm.data.manifest import Media, Message, Sample, Text
-from mllm.training.initialization.word_start import teach_words
+from mllm.training.initialization.word_start import WordLessons, teach_words
 
 NAMES = ["red", "blue", "square", "circle"]
 WORDS = {"kind": "words", "num_words": 20, "stretch_frames": 2, "hidden_size": 32}
@@ -72,7 +72,9 @@ def teach(*, num_steps: int, batch_size: int = 10, rank: int = 0, world: int = 1
     ]
     of_process = [(step * world + rank) % len(batches) for step in range(num_steps + 4)]
     endless = ({"batch": batches[index]} for index in of_process)
-    teach_words(model, processor, samples, endless, num_steps=num_steps, learning_rate=1e-2, seed=0)
+    teach_words(
+        model, processor, samples, endless, lessons=WordLessons(num_steps=num_steps, learning_rate=1e-2, seed=0)
+    )
     return model, processor
 
 

@@ -17,7 +17,7 @@ from mllm.config.medium import MediumConfig
 from mllm.config.reading import plain
 from mllm.config.run import differences
 from mllm.model.configuration import ElasticConfig
-from mllm.model.trainables import NEW_TOKENS, part_of, trainable_names
+from mllm.model.trainables import NEW_TOKENS, part_of, saved_names
 
 # What may differ: the counts that are trained, how files become input, and what the shapes of the values tell anyway.
 _FREE = {"budgets", "tiling", "span"}
@@ -55,7 +55,7 @@ def start_from(model: Any, folder: str | Path) -> list[str]:
         )
     before = ElasticConfig.from_pretrained(folder)
     _check_parts(model.config, before, folder)
-    parameters, learning = dict(model.named_parameters()), set(trainable_names(model))
+    parameters, learning = dict(model.named_parameters()), set(saved_names(model))
     with safe_open(folder / TRAINABLES, framework="pt") as file:
         names = sorted(file.keys())
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}

@@ -4,16 +4,18 @@ Knows the tokenizer and texts. Does not know sounds or weights.
 
 The commonest tokens of the captions are words by themselves. A rarer token is spelled by shorter ones, down to single
 characters: `Ġexquisite` by `Ġex`, `qu`, `is`, `ite`. So each word occurs often enough to be learned by its sound, and
-texts that no caption holds can be spelled all the same.
+texts that no caption holds can be spelled all the same. Where a speech model knows words by their sound already
+(`word_decoder.py`), words that no caption holds are chosen too.
 """
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 from mllm.training.initialization.captions import word_tokens
+from mllm.training.initialization.word_decoder import space_mark
 
 
 class Spelling:
@@ -33,15 +35,24 @@ class Spelling:
         return [number for token in token_ids for number in self.spelled.get(token, ())]
 
 
-def choose_words(counts: Counter[int], tokenizer: PreTrainedTokenizerBase, num_words: int) -> Spelling:
-    """Choose the words that spell these captions.
+def choose_words(
+    counts: Counter[int],
+    tokenizer: PreTrainedTokenizerBase,
+    num_words: int,
+    *,
+    known: Callable[[str], bool] | None = None,
+) -> Spelling:
+    """Choose the words that spell these captions, and others like them where they are known without captions.
 
     Args:
         counts: how often each token id occurs in the captions.
         num_words: how many to choose.
+        known: tells whether a token of the LLM, as the tokenizer writes it, is known by its sound. Then only such are
+            chosen, besides characters: those of the captions, and behind them, in the order of their ids, in which
+            the commoner ones come first, those that are made of the same characters.
 
     Raises:
-        ValueError: the captions need more words than that for their characters alone, or have no more tokens than it.
+        ValueError: the captions need more words than that for their characters alone, or there are not so many.
     """
     strings = {token: str(tokenizer.convert_ids_to_tokens(token)) for token in word_tokens(counts, tokenizer)}
     vocabulary = tokenizer.get_vocab()
@@ -49,13 +60,16 @@ def choose_words(counts: Counter[int], tokenizer: PreTrainedTokenizerBase, num_w
     key = "projector.num_words"
     if len(characters) > num_words:
         raise ValueError(f"{key} is {num_words}; the captions have {len(characters)} characters, each of which is one")
-    common = [token for token, _ in counts.most_common() if token in strings and strings[token] not in characters]
-    if len(characters) + len(common) < num_words:
-        raise ValueError(
-            f"{key} is {num_words}; the captions hold {len(characters) + len(common)} tokens; allowed: as many at "
-            "most, or more captions"
-        )
-    chosen = [strings[token] for token in common[: num_words - len(characters)]] + sorted(characters)
+    common = [strings[token] for token, _ in counts.most_common() if token in strings]
+    if known is not None:
+        common = [string for string in [*common, *_others(set(strings.values()), tokenizer)] if known(string)]
+    common = [string for string in common if string not in characters]
+    if (num_found := len(characters) + len(common)) < num_words:
+        found = f"the captions hold {num_found} tokens"
+        if known is not None:
+            found = f"the LLM and train.word_decoder share {num_found} tokens of the captions' characters"
+        raise ValueError(f"{key} is {num_words}; {found}; allowed: as many at most, or more captions")
+    chosen = common[: num_words - len(characters)] + sorted(characters)
     total, by_string = sum(counts.values()), {string: counts[token] for token, string in strings.items()}
     # The commoner a word, the cheaper; half a count stands for what never stands alone, and one more for every word.
     costs = {word: math.log(total / (by_string.get(word, 0) + 0.5)) + 1 for word in chosen}
@@ -84,13 +98,21 @@ def spell(string: str, costs: dict[str, float]) -> list[str]:
     return words[::-1]
 
 
+def _others(strings: Collection[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """List the LLM's other words that are made of the characters of these, in the order of their ids."""
+    characters = set("".join(strings))
+    made = {token: string for string, token in tokenizer.get_vocab().items() if characters.issuperset(string)}
+    words = word_tokens(made, tokenizer)
+    return [made[token] for token in sorted(words) if made[token] not in strings]
+
+
 def _characters(strings: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """Collect what can spell all of the strings: their characters, also with the mark of a space before them.
 
     A string with a character that is no token stays whole.
     """
     vocabulary = tokenizer.get_vocab()
-    mark = tokenizer.tokenize("a a")[-1].removesuffix("a")
+    mark = space_mark(tokenizer)
     pieces: set[str] = set()
     for string in strings:
         characters = set(string)

@@ -7,7 +7,8 @@ From an LLM's answers alone a projector takes thousands of steps to find which s
 must learn to listen at the same time. Connectionist temporal classification (Graves et al. 2006) needs no LLM: it sums
 over all ways in which a caption's words, in order, with nothing between them, can lie on the features. A step costs a
 tenth of one through a small LLM. What is heard is then given to the LLM as its own embeddings (LegoSLM, arXiv
-2505.11352), which it must only learn to read.
+2505.11352), which it must only learn to read. Where the encoder comes from a speech model, that model's own decoder
+says where to begin (`word_decoder.py`).
 
 Shapes: N items, T features, W words, H the LLM's hidden size.
 """
@@ -36,6 +37,7 @@ from mllm.processing.batch import Batch
 from mllm.processing.processor import ElasticProcessor
 from mllm.training.initialization.captions import check_captions, meeting, only, read_at
 from mllm.training.initialization.word_choice import Spelling, choose_words
+from mllm.training.initialization.word_decoder import WordDecoder, space_mark, spoken
 from mllm.training.pipeline.token_scan import CHUNK
 
 MASK_PROBABILITY, MASK_FEATURES = 0.02, 6
@@ -54,15 +56,31 @@ def word_media(model: Any) -> list[str]:
     return [medium for medium in model.model.compressors if _projector(model, medium) is not None]
 
 
+@dataclass(frozen=True)
+class WordLessons:
+    """Says how word projectors learn to hear.
+
+    Args:
+        num_steps: a batch each.
+        learning_rate: the largest; it rises in a twentieth of the steps and falls to nothing at the end.
+        seed: of the features that are put out.
+        decoder: knows words by the features of the audio encoder already; what it knows is where that medium's
+            projector starts, and how its words sound stays as it is.
+    """
+
+    num_steps: int
+    learning_rate: float
+    seed: int
+    decoder: WordDecoder | None = None
+
+
 def teach_words(
     model: Any,
     processor: ElasticProcessor,
     samples: Sequence[Sample],
     batches: Iterable[Any],
     *,
-    num_steps: int,
-    learning_rate: float,
-    seed: int,
+    lessons: WordLessons,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Choose the words of every word projector, teach it to hear them, and give it their embeddings.
@@ -72,27 +90,34 @@ def teach_words(
     Args:
         samples: the captions, one medium item and one answer each.
         batches: of the captions, without end, those of this process.
-        num_steps: a batch each.
-        learning_rate: the largest; it rises in a twentieth of the steps and falls to nothing at the end.
-        seed: of the features that are put out.
+        lessons: how they learn.
         progress: is called with how many of how many steps are done.
 
     Raises:
-        ValueError: a row that is no caption (it is named), or captions with too few or too many words.
+        ValueError: a row that is no caption (it is named), captions with too few or too many words, or a decoder of
+            other features.
     """
-    teachers = [_Teacher.of(model, processor, medium, samples) for medium in word_media(model)]
+    teachers = [
+        _Teacher.of(model, processor, medium, samples, lessons.decoder if medium == "audio" else None)
+        for medium in word_media(model)
+    ]
     parameters = [parameter for teacher in teachers for parameter in teacher.learning()]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=BETAS, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=lessons.learning_rate, betas=BETAS, weight_decay=0.0)
+    num_steps = lessons.num_steps
     schedule = get_linear_schedule_with_warmup(optimizer, max(1, int(num_steps * WARMUP_FRACTION)), num_steps)
     model.eval()
     rest = iter(batches)
     for step in range(num_steps):
         batch: Batch = next(rest)["batch"]
         check_captions(batch)
+        if step == 0 and lessons.decoder is not None:
+            for teacher in teachers:
+                if teacher.medium == "audio":
+                    teacher.set_nothing(batch)
         if step == num_steps // 2:
             for teacher in teachers:
                 teacher.found.zero_()
-        num_words = sum(teacher.listen(batch, (seed, step)) for teacher in teachers)
+        num_words = sum(teacher.listen(batch, (lessons.seed, step)) for teacher in teachers)
         _add_up(parameters, num_words)
         nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
         optimizer.step()
@@ -100,6 +125,8 @@ def teach_words(
         schedule.step()
         if progress is not None:
             progress(step + 1, num_steps)
+    for teacher in teachers:
+        teacher.projector.word_table.requires_grad_(False)
     scaled = [next(rest)["batch"] for _ in range(SCALED_BATCHES)]
     for teacher in teachers:
         teacher.give_embeddings(scaled)
@@ -123,20 +150,49 @@ class _Teacher:
     found: Tensor
 
     @classmethod
-    def of(cls, model: Any, processor: ElasticProcessor, medium: str, samples: Sequence[Sample]) -> "_Teacher":
-        """Choose the words of a medium by its captions."""
+    def of(
+        cls,
+        model: Any,
+        processor: ElasticProcessor,
+        medium: str,
+        samples: Sequence[Sample],
+        decoder: WordDecoder | None,
+    ) -> "_Teacher":
+        """Choose the words of a medium by its captions, and start from what the decoder knows of them."""
         projector = _projector(model, medium)
         assert projector is not None
-        counts = _counted(samples, processor, medium)
+        counts, tokenizer = _counted(samples, processor, medium), processor.tokenizer
+        mark = space_mark(tokenizer)
+        known = None if decoder is None else lambda word: spoken(word, mark) in decoder.rows
         try:
-            spelling = choose_words(counts, processor.tokenizer, projector.num_words)
+            spelling = choose_words(counts, tokenizer, projector.num_words, known=known)
         except ValueError as error:
             raise ValueError(f"model.{medium}.{error}") from error
+        if decoder is not None:
+            words = [spoken(word, mark) for word in tokenizer.convert_ids_to_tokens(spelling.words)]
+            _start_from(projector, decoder, words, medium)
+        projector.word_table.requires_grad_(False)
+        projector.word_table.heard.requires_grad_(decoder is None)
         return cls(model, processor, medium, projector, spelling, torch.zeros(3, dtype=torch.float64))
 
     def learning(self) -> list[nn.Parameter]:
-        """List what learns to hear: all but the embeddings."""
-        return [value for name, value in self.projector.named_parameters() if not name.startswith("words")]
+        """List what learns to hear: all but the embeddings, and but the sound of words that a decoder knew."""
+        return [value for value in self.projector.parameters() if value.requires_grad]
+
+    @torch.no_grad()
+    def set_nothing(self, batch: Batch) -> None:
+        """Let nothing be heard as loud as the best word is on average: most stretches end no word."""
+        batch = only(batch, self.medium)
+        best = torch.zeros(2, dtype=torch.float64)
+        if batch.rows:
+            features, items = self._encoded(batch), [row.spans[0].item for row in batch.rows]
+            scores = self.projector.scores(features.values[items])[..., 1:].amax(-1)
+            counts = self.projector.count_stretches(features.lengths[items])
+            for row, count in zip(scores, counts.tolist(), strict=True):
+                best += torch.tensor([float(row[:count].sum()), count], dtype=torch.float64)
+        best = cast(Tensor, reduce(best.to(self.model.device), "sum"))
+        self.projector.nothing.weight.zero_()
+        self.projector.nothing.bias.fill_(float(best[0] / best[1].clamp(min=1)))
 
     def listen(self, batch: Batch, seeds: Sequence[int]) -> int:
         """Add the gradient of a batch's captions, summed over their words, and return how many words they have.
@@ -189,7 +245,7 @@ class _Teacher:
         `projector_fit._solve`. Nothing has the mean of the embeddings, as it is.
         """
         embed = self.model.get_input_embeddings()
-        matrix = self.projector.words.weight
+        matrix = self.projector.word_table.said.weight
         ids = torch.tensor(self.spelling.words, device=embed.weight.device)
         words = embed(ids).to(matrix)
         matrix.zero_()
@@ -227,6 +283,36 @@ def _projector(model: Any, medium: str) -> WordProjector | None:
     compressor = model.model.compressors[medium]
     first = compressor.projectors[0] if isinstance(compressor, Pool) else None
     return first if isinstance(first, WordProjector) else None
+
+
+@torch.no_grad()
+def _start_from(projector: WordProjector, decoder: WordDecoder, words: Sequence[str], medium: str) -> None:
+    """Read features as a decoder does, in place of at random; the part that is not linear adds nothing yet.
+
+    Args:
+        words: of the projector, in its order, with spaces before them.
+
+    Raises:
+        ValueError: the decoder reads features of another size.
+    """
+    if projector.linear.weight.shape != decoder.weight.shape:
+        raise ValueError(
+            f"train.word_decoder reads features of {len(decoder.weight)} numbers, and those of model.{medium}.encoder "
+            f"have {projector.linear.in_features}; give the speech model that the encoder comes from"
+        )
+    projector.linear.weight.copy_(decoder.weight)
+    projector.linear.bias.copy_(decoder.bias)
+    for value, known in zip((projector.norm.weight, projector.norm.bias), decoder.norm, strict=True):
+        value.copy_(known)
+    last = cast(nn.Linear, projector.mlp[-1])
+    heard = projector.word_table.heard
+    for value in (last.weight, last.bias, heard.weight, heard.bias):
+        value.zero_()
+    unknown = [word for word in words if word not in decoder.rows]
+    if unknown:
+        logger.warning("%s: train.word_decoder does not know %s, which are never heard", medium, ", ".join(unknown))
+    numbers = [number for number, word in enumerate(words) if word in decoder.rows]
+    heard.weight[numbers] = decoder.embeddings[[decoder.rows[words[number]] for number in numbers]].to(heard.weight)
 
 
 def _counted(samples: Sequence[Sample], processor: ElasticProcessor, medium: str) -> Counter[int]:
