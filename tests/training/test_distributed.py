@@ -95,6 +95,23 @@ def test_fsdp2_equals_one_process_with_half_of_the_frozen_llm_on_each(tmp_path: 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", [None, 2])
+def test_tables_of_words_are_held_and_kept_also_by_zero(tmp_path: Path, stage: int | None) -> None:
+    worker.run_scenario("hearing", worker.scenario_settings("hearing", tmp_path / "one", 1))
+    whole = tmp_path / "one" / "hearing"
+    shutil.copytree(whole, tmp_path / "hearing")
+    shutil.rmtree(tmp_path / "hearing" / "checkpoint-00000004")
+    options = [] if stage is None else ["--deepspeed", CONFIGS / f"zero{stage}.json"]
+    launch(tmp_path, "hearing", *options)
+    assert_same_run(whole, tmp_path / "hearing")
+    first, last = (load_file(tmp_path / "hearing" / f"checkpoint-0000000{n}" / TRAINABLES) for n in (2, 4))
+    held = {name for name in first if ".word_table." in name}
+    assert len(held) == 3
+    assert {name for name, value in first.items() if value.equal(last[name])} >= held
+    assert not first[name := "model.compressors.audio.projectors.0.linear.weight"].equal(last[name])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [None, 2, 3])
 def test_an_llm_that_trains_whole_is_saved_whole_from_two_processes(tmp_path: Path, stage: int | None) -> None:
     worker.run_scenario("whole", worker.scenario_settings("whole", tmp_path / "one", 1))

@@ -116,7 +116,7 @@ def test_words_are_learned_beside_projectors_that_are_fitted_and_a_resumed_run_k
 ) -> None:
     audio = {"projector": {"kind": "words", "num_words": 12, "stretch_frames": 2, "hidden_size": 8}}
     data = {"captions": [str(captions_of(world))]}
-    rates = {"learning_rate": 1e-9, "max_steps": 2, "save_every": 1, "word_steps": 3}
+    rates = {"learning_rate": 1e-2, "max_steps": 2, "save_every": 1, "word_steps": 3}
     settings = settings_of(world, tmp_path / "run", data=data, audio=audio, **rates)
     assert dry_run(settings).num_rows > 0  # which learns no words
     train(settings)

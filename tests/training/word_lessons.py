@@ -10,15 +10,16 @@ from blocks import merged
 
 from mllm.config.model import ModelConfig
 from mllm.data.manifest import Media, Message, Sample, Text
+from mllm.training.initialization.word_decoder import WordDecoder
 from mllm.training.initialization.word_start import WordLessons, teach_words
 
 NAMES = ["red", "blue", "square", "circle"]
 WORDS = {"kind": "words", "num_words": 20, "stretch_frames": 2, "hidden_size": 32}
 
 
-def settings() -> ModelConfig:
-    """Settings of a model that hears words."""
-    audio = merged(tiny.MEDIA["audio"], {"projector": WORDS, "budgets": ["/2", "/4", "/8"]})
+def settings(**words: Any) -> ModelConfig:
+    """Settings of a model that hears words; `words` are of the projector."""
+    audio = merged(tiny.MEDIA["audio"], {"projector": {**WORDS, **words}, "budgets": ["/2", "/4", "/8"]})
     return tiny.settings(("audio",), audio=audio)
 
 
@@ -60,9 +61,17 @@ def planted(rows: range) -> tuple[list[Sample], list[tuple[list[Any], str]]]:
     return samples, [([one], caption(row)) for one, row in zip(loaded, rows, strict=True)]
 
 
-def teach(*, num_steps: int, batch_size: int = 10, rank: int = 0, world: int = 1) -> tuple[Any, Any]:
-    """A model whose projector was taught by captions 0 to 59."""
-    model, processor = tiny.model(settings()), tiny.processor(settings())
+def teach(
+    *,
+    num_steps: int,
+    batch_size: int = 10,
+    rank: int = 0,
+    world: int = 1,
+    decoder: WordDecoder | None = None,
+    **words: Any,
+) -> tuple[Any, Any]:
+    """A model whose projector was taught by captions 0 to 59; `words` are of the projector."""
+    model, processor = tiny.model(settings(**words)), tiny.processor(settings(**words))
     model.model.audio_tower = Planted()
     samples, rows = planted(range(60))
     media = [parts for parts, _ in rows]
@@ -73,7 +82,11 @@ def teach(*, num_steps: int, batch_size: int = 10, rank: int = 0, world: int = 1
     of_process = [(step * world + rank) % len(batches) for step in range(num_steps + 4)]
     endless = ({"batch": batches[index]} for index in of_process)
     teach_words(
-        model, processor, samples, endless, lessons=WordLessons(num_steps=num_steps, learning_rate=1e-2, seed=0)
+        model,
+        processor,
+        samples,
+        endless,
+        lessons=WordLessons(num_steps=num_steps, learning_rate=1e-2, seed=0, decoder=decoder),
     )
     return model, processor
 

@@ -16,7 +16,7 @@ from caption_fit import fit
 from harness import make_trainer, run_settings
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
-from word_lessons import teach
+from word_lessons import WORDS, teach
 
 from mllm.config.model import LoraBankConfig, MomeConfig
 from mllm.config.run import RunConfig, SamplerConfig
@@ -78,7 +78,24 @@ WHOLE_SCENARIOS: dict[str, dict[str, Any]] = {
         "train": {"parts": ["compressors", "llm"], "learning_rate": 1e-4},
     }
 }
-ALL_SCENARIOS = {**SCENARIOS, **LOW_SCENARIOS, **TAUGHT_SCENARIOS, **ADAPTER_SCENARIOS, **WHOLE_SCENARIOS}
+# A projector whose tables are kept with what trains and do not train.
+WORD_SCENARIOS: dict[str, dict[str, Any]] = {
+    "hearing": {
+        **EVEN,
+        "batches": None,
+        "micro_batches": 4,
+        "blocks": {"audio": {"projector": WORDS}},
+        "train": {"start_from": "the harness starts all runs alike"},
+    }
+}
+ALL_SCENARIOS = {
+    **SCENARIOS,
+    **LOW_SCENARIOS,
+    **TAUGHT_SCENARIOS,
+    **ADAPTER_SCENARIOS,
+    **WHOLE_SCENARIOS,
+    **WORD_SCENARIOS,
+}
 
 
 def scenario_settings(name: str, folder: Path, num_processes: int, **train: Any) -> RunConfig:
@@ -86,7 +103,7 @@ def scenario_settings(name: str, folder: Path, num_processes: int, **train: Any)
     scenario = ALL_SCENARIOS[name]
     train |= scenario.get("train", {})
     train["accumulation"] = scenario["micro_batches"] // num_processes
-    model = tiny.settings(scenario["media"])
+    model = tiny.settings(scenario["media"], **scenario.get("blocks", {}))
     model = replace(model, adapter=scenario.get("adapter", model.adapter))
     sampler = scenario.get("sampler", SamplerConfig(mode="random", num_budgets=2))
     return run_settings(folder / name, model, sampler=sampler, save_every=2, **train)
