@@ -5,6 +5,7 @@
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, WhisperForConditionalGeneration
 
+from mllm.checkpoints.pretrained import encoder_config, load_encoder, read_feature_extractor
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.evaluation.metrics import corpus, word_errors
 from mllm.real.demo import RealDemoConfig, real_demo
@@ -23,6 +25,7 @@ from mllm.real.report import spoken_by_whisper
 from mllm.real.smollm2 import write_smollm2
 from mllm.real.whisper_base import transcribe, whisper_of, write_cut_encoder, write_whisper_base
 from mllm.synthetic.speech.synthesis import SAMPLE_RATE_HZ
+from mllm.training.initialization.word_decoder import read_word_decoder
 
 pytestmark = [
     pytest.mark.slow,
@@ -89,6 +92,35 @@ def test_whisper_has_every_weight_of_the_file(parts: Path) -> None:
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert sum(value.numel() for value in model.parameters()) == 72_593_920  # OpenAI's figure for base: 74 M
+
+
+def test_whispers_decoder_names_the_words_of_recordings_before_anything_has_learned(
+    parts: Path, recordings: list[Recording]
+) -> None:
+    """Among 20,000 words, the likeliest one of each 20 milliseconds: most of what is said is there."""
+    decoder = read_word_decoder(str(parts / "whisper"))
+    words = [word for word in decoder.rows if re.fullmatch(r" [a-z']+", word)]
+    table, known = decoder.embeddings[[decoder.rows[word] for word in words]], set(words)
+    encoder = load_encoder(str(parts / "encoder"), encoder_config(str(parts / "encoder"), "audio"), dtype=torch.float32)
+    extractor = read_feature_extractor(str(parts / "encoder"))
+    chosen = recordings[::12]
+    inputs = extractor([one.samples for one in chosen], sampling_rate=SAMPLE_RATE_HZ, return_tensors="pt")
+    with torch.no_grad():
+        features = encoder(inputs.input_features).last_hidden_state
+
+    def found(weight: torch.Tensor) -> float:
+        right, counted = 0, 0
+        for one, whole in zip(chosen, features, strict=True):
+            clip = whole[: int(one.seconds * 50)]
+            heard = torch.nn.functional.layer_norm(clip @ weight.T + decoder.bias, (512,), *decoder.norm)
+            best = {words[number] for number in (heard @ table.T).argmax(-1).tolist()}
+            said = {f" {word}" for word in one.text.split()} & known
+            right, counted = right + len(said & best), counted + len(said)
+        return right / counted
+
+    assert found(decoder.weight) > 0.7
+    random = torch.randn(decoder.weight.shape, generator=torch.Generator().manual_seed(0)) * decoder.weight.std()
+    assert found(random) < 0.3
 
 
 def test_a_whisper_file_that_is_cut_or_holds_other_names_is_refused() -> None:
