@@ -31,7 +31,7 @@ has."""
 
 @dataclass(frozen=True, kw_only=True)
 class RealDemoConfig:
-    """Say how much the demo on real weights does; the defaults took 61 and 76 minutes on 2 CPU cores."""
+    """Say how much the demo on real weights does; the defaults took 59 minutes on 2 CPU cores that did other work."""
 
     out: str = "runs/demo_real"
     """Folder for the parts, the corpus, the run, the evaluation and the report."""
