@@ -1,6 +1,7 @@
 """What a speech model's decoder says of features: equal to its own cross-attention, and a word that nobody taught."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration, Whisper
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from word_lessons import NAMES, Planted, counted, teach
 
+from mllm.config.run import RunConfig, read_run_config
 from mllm.training.initialization.word_choice import choose_words
 from mllm.training.initialization.word_decoder import WordDecoder, read_word_decoder, spoken
 
@@ -114,23 +116,28 @@ def test_a_decoder_of_other_features_and_too_many_words_are_refused() -> None:
         teach(num_steps=1, decoder=decoder, num_words=99)
 
 
-def test_media_beside_sound_learn_without_the_decoder() -> None:
-    with pytest.raises(ValueError, match=r"train.word_decoder is w, but no model.audio or model.video has a projector"):
-        tiny_run({"projector": "mlp"})
-    assert tiny_run({"projector": "words"}).train.word_decoder == "w"
+def test_what_is_said_of_words_needs_words_and_captions() -> None:
+    mlp, words = {"projector": "mlp"}, {"projector": "words"}
+    assert tiny_run(words, word_decoder="w").train.word_decoder == "w"
+    for key, value in {"word_decoder": "w", "word_steps": 5, "word_learning_rate": 0.1}.items():
+        with pytest.raises(ValueError, match=rf"train.{key} is {value}, but no model.audio or model.video has a proj"):
+            tiny_run(mlp, **{key: value})
+        with pytest.raises(ValueError, match=rf"train.{key} is {value}, but data.captions names no manifest"):
+            tiny_run(words, captions=[], start_from="r", **{key: value})
+    with pytest.raises(ValueError, match=r"train.word_learning_rate is 0.0; it must be above 0"):
+        tiny_run(words, word_learning_rate=0)
+    lips = {"encoder": "v", "projector": "words", "budgets": ["/2"]}
+    assert tiny_run(mlp, video=lips, word_steps=5).train.word_steps == 5
     with pytest.raises(ValueError, match=r"train.word_decoder is w, but model.audio has no projector of kind words"):
-        tiny_run({"projector": "mlp"}, video={"encoder": "v", "projector": "words", "budgets": ["/2"]})
+        tiny_run(mlp, video=lips, word_decoder="w")
 
 
-def tiny_run(audio: dict[str, Any], **media: Any) -> Any:
-    """A run config with a decoder."""
-    from mllm.config.run import read_run_config
-
-    values = {"model": {"llm": "l", "audio": {"encoder": "w", "budgets": ["/4"], **audio}, **media}}
+def tiny_run(
+    audio: dict[str, Any], *, video: dict[str, Any] | None = None, captions: Sequence[str] = ("t",), **train: Any
+) -> RunConfig:
+    """A run config of audio, and of lips where they are given."""
+    media = {"audio": {"encoder": "w", "budgets": ["/4"], **audio}} | ({} if video is None else {"video": video})
+    data = {"train": ["t"], "captions": list(captions)}
     return read_run_config(
-        {
-            **values,
-            "data": {"train": ["t.jsonl"], "captions": ["t.jsonl"]},
-            "train": {"out": "o", "max_steps": 1, "word_decoder": "w"},
-        }
+        {"model": {"llm": "l", **media}, "data": data, "train": {"out": "o", "max_steps": 1, **train}}
     )
