@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from launches import free_port
 from safetensors.torch import load_file, save_file
 
 from mllm.checkpoints.load import TRAINABLES, load
@@ -35,6 +36,8 @@ LAUNCHERS = {
     "zero3": "accelerate launch --config_file configs/accelerate_zero3.yaml -m mllm",
 }
 OVERRIDES = {"deepspeed": "--train.deepspeed configs/zero2.json"}
+PORTS = {"accelerate launch": "--main_process_port", "deepspeed": "--master_port"}
+"""How a launcher is told where its processes meet; otherwise all that run at a time would meet in one place."""
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +74,10 @@ def one_process(settings: RunConfig) -> dict[str, torch.Tensor]:
 def launch(settings: RunConfig, folder: Path, launcher: str) -> subprocess.CompletedProcess[str]:
     """Train in two processes by a command line; the run is written to `folder / "run"`."""
     (folder / "run.yaml").write_text(config_yaml(settings))
-    command = f"{LAUNCHERS[launcher]} train --config {folder / 'run.yaml'} --train.out {folder / 'run'}"
+    start = LAUNCHERS[launcher]
+    for name, key in PORTS.items():
+        start = start.replace(name, f"{name} {key} {free_port()}", 1) if start.startswith(name) else start
+    command = f"{start} train --config {folder / 'run.yaml'} --train.out {folder / 'run'}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     environment["PYTHONPATH"] = str(ROOT)
     return subprocess.run(
