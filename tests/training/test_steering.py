@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 import yaml
-from launches import CONFIGS, run_launcher
+from launches import CONFIGS, free_port, run_launcher
 from safetensors.torch import load_file
 
 from mllm.checkpoints.load import TRAINABLES, load
@@ -153,7 +153,8 @@ def test_two_processes_under_zero2_validate_answer_and_keep_their_best_as_one(wo
     code, alone = train_in(world, "alone", accumulation=2, learning_rate=0.02, **given)
     assert code == 0
     (world / "pair.yaml").write_text(yaml.safe_dump(values_of(world, "pair", learning_rate=0.02, **given)))
-    launcher = ("accelerate", "launch", "--config_file", CONFIGS / "accelerate_zero2.yaml")
+    port = ("--main_process_port", str(free_port()))
+    launcher = ("accelerate", "launch", *port, "--config_file", CONFIGS / "accelerate_zero2.yaml")
     run_launcher(*launcher, "-m", "mllm", "train", "--config", world / "pair.yaml", timeout=600)
     pair = world / "pair"
     assert [row["step"] for row in validations(pair)] == [2, 4]
