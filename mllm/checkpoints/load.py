@@ -7,7 +7,7 @@ the processor's files. Nothing is ever unpickled.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal, cast
@@ -109,7 +109,11 @@ def _write_into(folder: Path, write: Callable[[Path], None], *, num_bytes: int |
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     """Return what trains, and what is held beside it, by name, detached on the CPU."""
-    names = set(saved_names(model))
+    return values_of(model, saved_names(model))
+
+
+def values_of(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+    """Return the named parameters, detached on the CPU."""
     return {name: value.detach().cpu().contiguous() for name, value in model.named_parameters() if name in names}
 
 
@@ -125,8 +129,11 @@ def save_trainables(state: Mapping[str, Tensor], path: Path) -> None:
     flush_to_disk(path)
 
 
-def load_trainables(model: nn.Module, path: Path, names: Iterable[str]) -> None:
+def load_trainables(model: nn.Module, path: Path, names: Iterable[str], *, beside: Collection[str] = ()) -> None:
     """Load exactly the named parameters into a model.
+
+    Args:
+        beside: what else the file may hold, which is left alone.
 
     Raises:
         ValueError: parameters that are missing, unexpected, of another shape or empty; every one is named.
@@ -134,7 +141,7 @@ def load_trainables(model: nn.Module, path: Path, names: Iterable[str]) -> None:
     expected, file = set(names), SafetensorsFile(path)
     stored = set(file.names())
     problems = [f"missing {name}" for name in sorted(expected - stored)]
-    problems += [f"unexpected {name}" for name in sorted(stored - expected)]
+    problems += [f"unexpected {name}" for name in sorted(stored - expected - set(beside))]
     parameters = dict(model.named_parameters())
     for name in sorted(expected & stored):
         shape, wanted = file.shape_of(name), tuple(parameters[name].shape)

@@ -457,16 +457,20 @@ class RunConfig:
                 f"model.{of_words[0]}.projector is words, which are learned from data.captions; name manifests there, "
                 "or a run in train.start_from"
             )
-        defaults = {field.name: field.default for field in fields(TrainConfig)}
+        defaults = {one.name: one.default for one in fields(TrainConfig)}
         for key in ("word_steps", "word_learning_rate", "word_decoder"):
             value = getattr(self.train, key)
             if value == defaults[key]:
                 continue
-            if not of_words or not self.data.captions:
-                why = "data.captions names no manifest" if of_words else "no model.audio or model.video has a projector"
-                raise ValueError(f"train.{key} is {value}, but {why}{'' if of_words else ' of kind words'}")
-            if key == "word_decoder" and "audio" not in of_words:
-                raise ValueError(f"train.word_decoder is {value}, but model.audio has no projector of kind words")
+            if not of_words:
+                why = "no model.audio or model.video has a projector of kind words"
+            elif not self.data.captions:
+                why = "data.captions names no manifest"
+            elif key == "word_decoder" and "audio" not in of_words:
+                why = "model.audio has no projector of kind words"
+            else:
+                continue
+            raise ValueError(f"train.{key} is {value}, but {why}")
 
     def _check_features(self, features: FeatureConfig) -> None:
         """Refuse features that cannot be kept, or would not be those of the run.

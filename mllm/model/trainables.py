@@ -4,12 +4,11 @@ Knows parameter names. Does not know why they should learn.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from mllm.encoders import freeze
@@ -101,14 +100,6 @@ def held_names(model: Any) -> list[str]:
 def saved_names(model: Any) -> list[str]:
     """List the names of the parameters that checkpoints hold, sorted: those that learn, and those held beside them."""
     return sorted({*trainable_names(model), *held_names(model)})
-
-
-def put_values(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Copy values into parameters by their names."""
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in values.items():
-            parameters[name].copy_(value)
 
 
 def part_of(name: str) -> str:

@@ -32,7 +32,7 @@ from mllm.data.manifest import Sample
 from mllm.data.shared_media import samples_that_share
 from mllm.model.modeling import ElasticForConditionalGeneration
 from mllm.model.precision import keep_in_float32
-from mllm.model.trainables import saved_names, set_trainables, trains_in_shards
+from mllm.model.trainables import held_names, saved_names, set_trainables, trains_in_shards
 from mllm.processing.processor import ElasticProcessor
 from mllm.training.arguments import ElasticArguments, build_arguments
 from mllm.training.checkpoint import TRAINABLES, check_continues, choose_checkpoint, set_aside_refused
@@ -42,7 +42,7 @@ from mllm.training.feature_cache.features import FeatureDataset, pass_features_t
 from mllm.training.feature_cache.store import FeatureStore
 from mllm.training.initialization.projector_fit import fit_projectors
 from mllm.training.initialization.start_from import start_from
-from mllm.training.initialization.word_decoder import read_word_decoder
+from mllm.training.initialization.word_decoder import WordDecoder, read_word_decoder
 from mllm.training.initialization.word_start import WordLessons, teach_words, word_media
 from mllm.training.interruption import RunInterrupted, StopRequest, stopping_on_signals
 from mllm.training.llm_shards import mesh_of_all, shard_llm
@@ -252,11 +252,18 @@ def build_trainer(
     fits = "captions" in data.samples  # not in a resumed run
     if fits and trains_in_shards(model):
         raise ValueError("data.captions cannot be fitted under ZeRO-3, which keeps no projector whole; use ZeRO-2")
+    if trains_in_shards(model) and held_names(model):
+        raise ValueError(
+            "the words of a projector cannot be held under ZeRO-3, which keeps no projector whole; use ZeRO-2"
+        )
+    # Before features, which take long: a decoder that cannot be had ends the run at once.
+    reads_decoder = fits and config.train.word_decoder is not None
+    decoder = read_word_decoder(str(config.train.word_decoder)) if reads_decoder else None
     stores = None
     if config.data.features is not None:
         stores = _feature_stores(config, arguments, model, processor, data.for_features())
     if fits:
-        _fit_projectors(config, arguments, model, processor, data, stores)
+        _fit_projectors(config, arguments, model, processor, data, stores, decoder)
     batches = _train_batches(config, arguments, processor, data, stores, start_step=start_step)
     if config.train.epochs is not None:
         arguments.max_steps = batches.batch_sampler.steps(config.train.epochs)  # type: ignore[union-attr]
@@ -401,12 +408,13 @@ def _fit_projectors(
     processor: ElasticProcessor,
     data: TrainingData,
     stores: Stores | None,
+    decoder: WordDecoder | None,
 ) -> None:
     """Start the projectors at what captions say; see `mllm.training.initialization`."""
     samples, model = data.samples["captions"], model.to(arguments.device)
     dataset = _clean(config, processor, samples, None if stores is None else stores.train)
     if of_words := word_media(model):
-        _teach_words(config, arguments, model, processor, dataset, data.scans["captions"])
+        _teach_words(config, arguments, model, processor, dataset, data.scans["captions"], decoder)
     if not {part.medium for sample in samples for part in sample.media} - set(of_words):
         return
     batches, num_counted = validation_loader(
@@ -428,6 +436,7 @@ def _teach_words(
     processor: ElasticProcessor,
     dataset: ManifestDataset,
     scan: TokenScan,
+    decoder: WordDecoder | None,
 ) -> None:
     """Let word projectors learn to hear; see `mllm.training.initialization.word_start`."""
     batches = train_loader(
@@ -443,7 +452,7 @@ def _teach_words(
         num_steps=config.train.word_steps,
         learning_rate=config.train.word_learning_rate,
         seed=config.train.seed,
-        decoder=None if config.train.word_decoder is None else read_word_decoder(config.train.word_decoder),
+        decoder=decoder,
     )
     with _reporting("learning words", arguments) as report:
         teach_words(

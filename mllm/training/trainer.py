@@ -29,11 +29,11 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from mllm.budget import Budget
 from mllm.budget.sampler import BudgetSampler
-from mllm.checkpoints.load import load_trainables, trainable_state
+from mllm.checkpoints.load import load_trainables, trainable_state, values_of
 from mllm.checkpoints.tensor_files import num_bytes_of
 from mllm.config.model import MomeConfig
 from mllm.model.modeling import ElasticForConditionalGeneration, Features, TargetLoss
-from mllm.model.trainables import held_names, is_sharded, put_values, saved_names, trains_in_shards
+from mllm.model.trainables import held_names, is_sharded, saved_names, trainable_names, trains_in_shards
 from mllm.processing.batch import Batch
 from mllm.processing.processor import ElasticProcessor
 from mllm.training.arguments import ElasticArguments
@@ -445,9 +445,7 @@ class ElasticTrainer(Trainer):
         if self.is_deepspeed_enabled and self.deepspeed is not None:
             from mllm.training.sharding import gather_trainables
 
-            held = set(held_names(self.elastic))
-            beside = {name: value.detach().cpu() for name, value in self.elastic.named_parameters() if name in held}
-            return gather_trainables(self.deepspeed) | beside
+            return gather_trainables(self.deepspeed) | values_of(self.elastic, held_names(self.elastic))
         return trainable_state(self.elastic)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -502,9 +500,10 @@ class ElasticTrainer(Trainer):
         if self.is_deepspeed_enabled:
             from mllm.training.sharding import scatter
 
-            values, held = read_tensors(folder / TRAINABLES), held_names(self.elastic)
-            put_values(self.elastic, {name: values.pop(name) for name in held if name in values})
-            scatter(self.deepspeed, values, moments)
+            held, trained = held_names(self.elastic), trainable_names(self.elastic)
+            load_trainables(self.elastic, folder / TRAINABLES, held, beside=trained)
+            values = read_tensors(folder / TRAINABLES)
+            scatter(self.deepspeed, {name: value for name, value in values.items() if name not in held}, moments)
         else:
             load_trainables(self.elastic, folder / TRAINABLES, saved_names(self.elastic))
             set_moments(_plain(self.optimizer), self.parameter_names, moments)

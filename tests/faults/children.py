@@ -7,7 +7,6 @@ import contextlib
 import os
 import random
 import signal
-import socket
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from free_ports import free_port
 from tqdm.std import tqdm
 
 from mllm.utils import fail_points
@@ -85,7 +85,7 @@ def run_pair(
         kill_after: seconds after which the child `rank` is killed.
         timeout: seconds, after which those that are left are killed and their code is `TIMED_OUT`.
     """
-    started, address = time.monotonic(), {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    started, address = time.monotonic(), {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     logs = [log.with_suffix(f".{number}") for number in range(2)]
     children = [
         _start(
@@ -121,12 +121,6 @@ def run_pair(
 def _timed_out(log: Path, seconds: float) -> Ended:
     said = log.read_text(errors="replace")[-1000:]
     return Ended(TIMED_OUT, f"did not end in {seconds:.0f} seconds: {said}", seconds)
-
-
-def _free_port() -> int:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return held.getsockname()[1]
 
 
 def _start(work: Callable[[], object], log: Path, fail_point: str, environment: dict[str, str]) -> int:

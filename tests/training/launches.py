@@ -1,7 +1,6 @@
 """Starts the toy runs of `worker.py` on two processes, and compares two runs."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +16,6 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent.parent
 CONFIGS = ROOT / "configs"
 BIN = Path(sys.executable).parent
-
-
-def free_port() -> int:
-    """Find a port that nothing listens at now."""
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return held.getsockname()[1]
 
 
 def launch(*arguments: str | Path, timeout: int = 300) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from launches import free_port
+from free_ports import free_port
 from safetensors.torch import load_file, save_file
 
 from mllm.checkpoints.load import TRAINABLES, load

@@ -11,7 +11,8 @@ import pytest
 import tiny
 import torch
 import yaml
-from launches import CONFIGS, free_port, run_launcher
+from free_ports import free_port
+from launches import CONFIGS, run_launcher
 from safetensors.torch import load_file
 
 from mllm.checkpoints.load import TRAINABLES, load

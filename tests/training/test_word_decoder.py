@@ -14,8 +14,8 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from word_lessons import NAMES, Planted, counted, teach
 
 from mllm.config.run import RunConfig, read_run_config
-from mllm.training.initialization.word_choice import choose_words
-from mllm.training.initialization.word_decoder import WordDecoder, read_word_decoder, spoken
+from mllm.training.initialization.word_choice import choose_words, spoken
+from mllm.training.initialization.word_decoder import WordDecoder, read_word_decoder
 
 
 def whisper(folder: Path, model_class: Any) -> Any:

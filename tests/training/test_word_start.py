@@ -1,8 +1,10 @@
 """Word projectors learn to hear planted words, and are given the embeddings of the LLM for them."""
 
 import logging
+import re
 from collections import Counter
 from itertools import pairwise, repeat
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,9 @@ import torch
 from word_lessons import Planted, counted, planted, settings, teach
 
 from mllm.budget import Budget
+from mllm.checkpoints.load import load_trainables, save_trainables, trainable_state
 from mllm.compressors import WordProjector
+from mllm.model.trainables import held_names, set_trainables, trainable_names
 from mllm.training.initialization.word_choice import Spelling, choose_words, spell
 from mllm.training.initialization.word_start import WordLessons, teach_words
 
@@ -135,3 +139,24 @@ def test_the_smallest_budget_is_as_long_as_words(taught: tuple[Any, Any]) -> Non
     spelled = choose_words(counted(processor, range(60)), processor.tokenizer, 20)
     words = model.get_input_embeddings().weight.detach()[spelled.words]
     torch.testing.assert_close(soft.square().sum(1).mean(), words.square().sum(1).mean(), rtol=1e-2, atol=0.0)
+
+
+def test_a_checkpoint_without_a_table_of_words_is_refused_beside_sharded_values_too(tmp_path: Path) -> None:
+    """With DeepSpeed tables are read alone, and what trains is left to it."""
+    model = tiny.model(settings())
+    set_trainables(model)
+    held, state = held_names(model), {name: value.clone() for name, value in trainable_state(model).items()}
+    assert len(held) == 3
+    assert not {*held} & {*trainable_names(model)}
+    assert {*held} < state.keys()
+    save_trainables({name: value + 1 for name, value in state.items()}, tmp_path / "whole")
+    load_trainables(model, tmp_path / "whole", held, beside=trainable_names(model))
+    moved = {name for name, value in trainable_state(model).items() if not value.equal(state[name])}
+    assert moved == {*held}
+    for name in held:
+        save_trainables({key: value for key, value in state.items() if key != name}, tmp_path / "less")
+        with pytest.raises(ValueError, match=rf"does not fit the model: missing {re.escape(name)}$"):
+            load_trainables(model, tmp_path / "less", held, beside=trainable_names(model))
+    save_trainables({**state, "other": torch.ones(1)}, tmp_path / "more")
+    with pytest.raises(ValueError, match=r"does not fit the model: unexpected other$"):
+        load_trainables(model, tmp_path / "more", held, beside=trainable_names(model))

@@ -1,7 +1,6 @@
 """vLLM's own HTTP server finds the plug-in and answers an export as `Answerer` does, at the budget of a request."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import httpx
 import pytest
 import tiny
 from engine_runs import MAX_NEW_TOKENS, answerer_of, needs_vllm, write_export
+from free_ports import free_port
 from toy_server import ROOT, part, user
 
 from mllm.vllm_plugin.engine_options import ENVIRONMENT
@@ -32,8 +32,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def client(exported: Path) -> Iterator[httpx.Client]:
     """A client of the server, which runs in a process of its own."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     words = ["--model", str(exported), "--served-model-name", "toy", "--host", "127.0.0.1", "--port", str(port)]
     environment = {**ENVIRONMENT, **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     module = "vllm.entrypoints.openai.api_server"

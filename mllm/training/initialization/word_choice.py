@@ -15,7 +15,6 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from mllm.training.initialization.captions import word_tokens
-from mllm.training.initialization.word_decoder import space_mark
 
 
 class Spelling:
@@ -120,3 +119,17 @@ def _characters(strings: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> s
         if mark and string.startswith(mark) and (first := string[: len(mark) + 1]) in vocabulary:
             pieces.add(first)
     return pieces
+
+
+def space_mark(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what a tokenizer's words begin with where a space stands before them; nothing where it keeps none."""
+    return tokenizer.tokenize("a a")[-1].removesuffix("a")
+
+
+def spoken(word: str, mark: str) -> str:
+    """Write a space for a tokenizer's mark of one.
+
+    >>> spoken("Ġred", "Ġ"), spoken("red", "Ġ")
+    (' red', 'red')
+    """
+    return f" {word.removeprefix(mark)}" if mark and word.startswith(mark) else word

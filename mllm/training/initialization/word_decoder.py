@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 from transformers.models.whisper.modeling_whisper import WhisperDecoder
 
 from mllm.checkpoints.families import Layout
 from mllm.checkpoints.pretrained import load_checked, read_config, read_tokenizer
+from mllm.training.initialization.word_choice import space_mark, spoken
 
 _LAYOUT = Layout(renamed=(("model.decoder.", ""), ("decoder.", "")), beside=("model.encoder.", "encoder.", "proj_out."))
 
@@ -74,17 +74,3 @@ def read_word_decoder(reference: str) -> WordDecoder:
     rows = {spoken(word, mark): row for word, row in tokenizer.get_vocab().items() if row not in special}
     norm = (decoder.layer_norm.weight.detach(), decoder.layer_norm.bias.detach())
     return WordDecoder(weight, bias, norm, decoder.embed_tokens.weight.detach(), rows)
-
-
-def space_mark(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return what a tokenizer's words begin with where a space stands before them; nothing where it keeps none."""
-    return tokenizer.tokenize("a a")[-1].removesuffix("a")
-
-
-def spoken(word: str, mark: str) -> str:
-    """Write a space for a tokenizer's mark of one.
-
-    >>> spoken("Ġred", "Ġ"), spoken("red", "Ġ")
-    (' red', 'red')
-    """
-    return f" {word.removeprefix(mark)}" if mark and word.startswith(mark) else word

@@ -36,8 +36,8 @@ from mllm.model.modeling import Features
 from mllm.processing.batch import Batch
 from mllm.processing.processor import ElasticProcessor
 from mllm.training.initialization.captions import check_captions, meeting, only, read_at
-from mllm.training.initialization.word_choice import Spelling, choose_words
-from mllm.training.initialization.word_decoder import WordDecoder, space_mark, spoken
+from mllm.training.initialization.word_choice import Spelling, choose_words, space_mark, spoken
+from mllm.training.initialization.word_decoder import WordDecoder
 from mllm.training.pipeline.token_scan import CHUNK
 
 MASK_PROBABILITY, MASK_FEATURES = 0.02, 6
@@ -101,6 +101,7 @@ def teach_words(
         _Teacher.of(model, processor, medium, samples, lessons.decoder if medium == "audio" else None)
         for medium in word_media(model)
     ]
+    of_decoder = [teacher for teacher in teachers if teacher.starts_from_decoder]
     parameters = [parameter for teacher in teachers for parameter in teacher.learning()]
     optimizer = torch.optim.AdamW(parameters, lr=lessons.learning_rate, betas=BETAS, weight_decay=0.0)
     num_steps = lessons.num_steps
@@ -110,10 +111,9 @@ def teach_words(
     for step in range(num_steps):
         batch: Batch = next(rest)["batch"]
         check_captions(batch)
-        if step == 0 and lessons.decoder is not None:
-            for teacher in teachers:
-                if teacher.medium == "audio":
-                    teacher.set_nothing(batch)
+        if step == 0:
+            for teacher in of_decoder:
+                teacher.set_nothing(batch)
         if step == num_steps // 2:
             for teacher in teachers:
                 teacher.found.zero_()
@@ -175,6 +175,11 @@ class _Teacher:
         projector.word_table.heard.requires_grad_(decoder is None)
         return cls(model, processor, medium, projector, spelling, torch.zeros(3, dtype=torch.float64))
 
+    @property
+    def starts_from_decoder(self) -> bool:
+        """Whether a decoder knew how words sound, which is then not learned."""
+        return not self.projector.word_table.heard.weight.requires_grad
+
     def learning(self) -> list[nn.Parameter]:
         """List what learns to hear: all but the embeddings, and but the sound of words that a decoder knew."""
         return [value for value in self.projector.parameters() if value.requires_grad]
@@ -188,8 +193,8 @@ class _Teacher:
             features, items = self._encoded(batch), [row.spans[0].item for row in batch.rows]
             scores = self.projector.scores(features.values[items])[..., 1:].amax(-1)
             counts = self.projector.count_stretches(features.lengths[items])
-            for row, count in zip(scores, counts.tolist(), strict=True):
-                best += torch.tensor([float(row[:count].sum()), count], dtype=torch.float64)
+            within = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
+            best = torch.stack([scores[within].double().sum(), within.sum().double()])
         best = cast(Tensor, reduce(best.to(self.model.device), "sum"))
         self.projector.nothing.weight.zero_()
         self.projector.nothing.bias.fill_(float(best[0] / best[1].clamp(min=1)))
