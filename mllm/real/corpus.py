@@ -23,7 +23,14 @@ from mllm.media import write_audio
 from mllm.real.packages import fetch_debian
 from mllm.real.recordings import Recording, read_recordings
 from mllm.real.rooms import change
-from mllm.real.sentences import normalise, spoken_number, wordnet_examples
+from mllm.real.sentences import (
+    MOST_CHARACTERS,
+    normalise,
+    phrase_of,
+    spelled_letters,
+    spoken_number,
+    wordnet_examples,
+)
 from mllm.real.voices import FLITE_PACKAGES, say
 from mllm.synthetic.speech.corpus import write_all
 from mllm.synthetic.speech.synthesis import SAMPLE_RATE_HZ
@@ -36,6 +43,9 @@ LONGEST_SECONDS = 6.0
 SHORTEST_SECONDS = 0.5
 """The seconds that one soft token of the coarsest rate stands for: 25 frames of 20 milliseconds."""
 NUMBERS_FRACTION = 0.05
+OTHER_FORM_PROBABILITIES = {"sentence": 0.68, "pair": 0.2, "phrase": 0.1, "letters": 0.02}
+"""How often a clip holds one sentence, two, a few words that are none, or spelled letters. An LLM that was trained on
+single sentences alone ends after the first one, and makes a sentence of two words."""
 SYNTHESISER_PROBABILITIES = {"piper": 0.6, "flite": 0.35, "espeak": 0.05}
 """How often each synthesiser speaks: the natural ones most."""
 SPLITS = ("train", "heldout")
@@ -129,7 +139,7 @@ def _evenly(recordings: Sequence[Recording], count: int | None) -> list[Recordin
 
 
 def _sentences(packages: Path, settings: CorpusConfig, *, tested: set[str]) -> dict[str, list[str]]:
-    """Choose sentences by split, none in two of them and none that is tested."""
+    """Choose what is said by split, no sentence in two of them and none that is tested."""
     known = [text for text in wordnet_examples(fetch_debian("wordnet-base", packages)) if normalise(text) not in tested]
     rng = np.random.default_rng([settings.seed, 0])
     chosen = [known[index] for index in rng.permutation(len(known))]
@@ -141,7 +151,31 @@ def _sentences(packages: Path, settings: CorpusConfig, *, tested: set[str]) -> d
         numbers = int(count * NUMBERS_FRACTION)
         texts = [chosen.pop() for _ in range(count - numbers)] + [spoken_number(rng) for _ in range(numbers)]
         by_split[split] = [texts[index] for index in rng.permutation(count)]
-    return by_split
+    spare = [text for text in chosen if len(text) <= MOST_CHARACTERS // 2]
+    return {split: list(_in_other_forms(texts, spare, settings, tested)) for split, texts in by_split.items()}
+
+
+def _in_other_forms(
+    sentences: Sequence[str], spare: list[str], settings: CorpusConfig, tested: set[str]
+) -> Iterator[str]:
+    """Yield sentences, or what stands in their place: two in a clip that holds both, a phrase, letters.
+
+    Args:
+        spare: short sentences that no split holds; those that go into pairs are taken from it.
+        tested: texts that are not trained on.
+    """
+    forms, probabilities = zip(*OTHER_FORM_PROBABILITIES.items(), strict=True)
+    for number, sentence in enumerate(sentences):
+        rng = np.random.default_rng([settings.seed, 3, number])
+        form = rng.choice(forms, p=probabilities)
+        other = sentence
+        if form == "pair" and spare and len(sentence) <= MOST_CHARACTERS // 2:
+            other = f"{sentence.rstrip(' .,;!?')}. {spare.pop()}"
+        elif form == "phrase":
+            other = phrase_of(sentence, rng)
+        elif form == "letters":
+            other = spelled_letters(rng)
+        yield sentence if normalise(other) in tested else other
 
 
 def _jobs(out: Path, split: str, sentences: Sequence[str], settings: CorpusConfig, packages: Path) -> Iterator[_Job]:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+MOST_PHRASE_WORDS = 3
+MOST_LETTERS = 3
 PARTS_OF_SPEECH = ("adj", "adv", "noun", "verb")
 LEAST_WORDS, MOST_WORDS = 2, 14
 MOST_CHARACTERS = 75
@@ -57,6 +59,24 @@ def spoken_number(rng: np.random.Generator) -> str:
     if rng.random() < 0.5:
         return " ".join(DIGITS[digit] for digit in rng.integers(10, size=rng.integers(2, 8)))
     return in_words(int(10 ** rng.uniform(0.5, 6)))
+
+
+def phrase_of(text: str, rng: np.random.Generator) -> str:
+    """Cut some neighbouring words out of a sentence: what is said by itself is often no sentence.
+
+    Returns:
+        one to `MOST_PHRASE_WORDS` words, without the stops between them.
+    """
+    words = normalise(text).split()
+    count = min(len(words), int(rng.integers(1, MOST_PHRASE_WORDS + 1)))
+    first = int(rng.integers(len(words) - count + 1))
+    return " ".join(words[first : first + count])
+
+
+def spelled_letters(rng: np.random.Generator) -> str:
+    """Make up some letters as one spells them, in capitals so that each is said by its name."""
+    letters = rng.integers(26, size=rng.integers(1, MOST_LETTERS + 1))
+    return " ".join(chr(ord("A") + letter) for letter in letters)
 
 
 def in_words(number: int) -> str:
