@@ -4,6 +4,7 @@ Knows sentences, voices, rooms, recordings and the manifest format. Does not kno
 
     out/train.jsonl, heldout.jsonl, test.jsonl                   one row per clip, task `asr`
     out/train/<number>.wav, out/heldout/..., out/test/...         16 kHz mono
+    out/said.tsv                                                  what each synthesised clip is meant to hold
 
 Sentences are parted by split, and so are clips; voices are not: there are too few. A sentence that is a test sentence
 too, word for word, is left out of training.
@@ -23,14 +24,7 @@ from mllm.media import write_audio
 from mllm.real.packages import fetch_debian
 from mllm.real.recordings import Recording, read_recordings
 from mllm.real.rooms import change
-from mllm.real.sentences import (
-    MOST_CHARACTERS,
-    normalise,
-    phrase_of,
-    spelled_letters,
-    spoken_number,
-    wordnet_examples,
-)
+from mllm.real.sentences import MOST_CHARACTERS, in_other_forms, normalise, spoken_number, wordnet_examples
 from mllm.real.voices import FLITE_PACKAGES, say
 from mllm.synthetic.speech.corpus import write_all
 from mllm.synthetic.speech.synthesis import SAMPLE_RATE_HZ
@@ -43,9 +37,6 @@ LONGEST_SECONDS = 6.0
 SHORTEST_SECONDS = 0.5
 """The seconds that one soft token of the coarsest rate stands for: 25 frames of 20 milliseconds."""
 NUMBERS_FRACTION = 0.05
-OTHER_FORM_PROBABILITIES = {"sentence": 0.68, "pair": 0.2, "phrase": 0.1, "letters": 0.02}
-"""How often a clip holds one sentence, two, a few words that are none, or spelled letters. An LLM that was trained on
-single sentences alone ends after the first one, and makes a sentence of two words."""
 SYNTHESISER_PROBABILITIES = {"piper": 0.6, "flite": 0.35, "espeak": 0.05}
 """How often each synthesiser speaks: the natural ones most."""
 SPLITS = ("train", "heldout")
@@ -97,7 +88,7 @@ def write_corpus(
 
     Raises:
         ImportError, FileNotFoundError, RuntimeError: a package that is not installed or cannot be had.
-        ValueError: files of a package that are not those that were tested.
+        ValueError: files of a package that are not those that were tested, or a folder with clips of other sentences.
     """
     recordings = read_recordings(packages, longest_seconds=LONGEST_SECONDS)
     sentences = _sentences(packages, settings, tested={recording.text for recording in recordings})
@@ -105,6 +96,7 @@ def write_corpus(
         fetch_debian(package, packages)
     jobs = {split: list(_jobs(out, split, texts, settings, packages)) for split, texts in sentences.items()}
     every = [job for split in SPLITS for job in jobs[split]]
+    _claim_clips(out, every)
     for split in (*SPLITS, "test"):
         (out / split).mkdir(parents=True, exist_ok=True)
     seconds = {}
@@ -127,6 +119,22 @@ def write_corpus(
     for split, samples in rows.items():
         write_manifest(out / f"{split}.jsonl", samples)
     return {split: out / f"{split}.jsonl" for split in rows}
+
+
+def _claim_clips(out: Path, jobs: Sequence[_Job]) -> None:
+    """Note what is said in which clip, or find that it is: clips of a run that was interrupted are not said again.
+
+    Raises:
+        ValueError: the folder holds clips of other sentences, which would then be taken for these.
+    """
+    lines = [f"{job.path.relative_to(out).as_posix()}\t{job.synthesiser}\t{job.sentence}\n" for job in jobs]
+    note, text = out / "said.tsv", "".join(lines)
+    is_known = note.read_text(encoding="utf-8") == text if note.exists() else not any(out.glob("*/*.wav"))
+    if not is_known:
+        raise ValueError(f"{out} holds clips of other sentences; choose another folder or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    with written_whole(note) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def _evenly(recordings: Sequence[Recording], count: int | None) -> list[Recording]:
@@ -152,30 +160,10 @@ def _sentences(packages: Path, settings: CorpusConfig, *, tested: set[str]) -> d
         texts = [chosen.pop() for _ in range(count - numbers)] + [spoken_number(rng) for _ in range(numbers)]
         by_split[split] = [texts[index] for index in rng.permutation(count)]
     spare = [text for text in chosen if len(text) <= MOST_CHARACTERS // 2]
-    return {split: list(_in_other_forms(texts, spare, settings, tested)) for split, texts in by_split.items()}
-
-
-def _in_other_forms(
-    sentences: Sequence[str], spare: list[str], settings: CorpusConfig, tested: set[str]
-) -> Iterator[str]:
-    """Yield sentences, or what stands in their place: two in a clip that holds both, a phrase, letters.
-
-    Args:
-        spare: short sentences that no split holds; those that go into pairs are taken from it.
-        tested: texts that are not trained on.
-    """
-    forms, probabilities = zip(*OTHER_FORM_PROBABILITIES.items(), strict=True)
-    for number, sentence in enumerate(sentences):
-        rng = np.random.default_rng([settings.seed, 3, number])
-        form = rng.choice(forms, p=probabilities)
-        other = sentence
-        if form == "pair" and spare and len(sentence) <= MOST_CHARACTERS // 2:
-            other = f"{sentence.rstrip(' .,;!?')}. {spare.pop()}"
-        elif form == "phrase":
-            other = phrase_of(sentence, rng)
-        elif form == "letters":
-            other = spelled_letters(rng)
-        yield sentence if normalise(other) in tested else other
+    return {
+        split: list(in_other_forms(texts, spare, seed=settings.seed, tested=tested))
+        for split, texts in by_split.items()
+    }
 
 
 def _jobs(out: Path, split: str, sentences: Sequence[str], settings: CorpusConfig, packages: Path) -> Iterator[_Job]:

@@ -1,14 +1,17 @@
-"""Takes sentences to say from WordNet's example sentences and definitions, and makes up numbers to say.
+"""Takes sentences to say from WordNet's example sentences, and makes up numbers, pairs and phrases.
 
 Knows WordNet's files. Does not know voices.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+OTHER_FORM_PROBABILITIES = {"sentence": 0.68, "pair": 0.2, "phrase": 0.1, "letters": 0.02}
+"""How often a clip holds one sentence, two, a few words that are none, or spelled letters. An LLM that was trained on
+single sentences alone ends after the first one, and makes a sentence of two words."""
 MOST_PHRASE_WORDS = 3
 MOST_LETTERS = 3
 PARTS_OF_SPEECH = ("adj", "adv", "noun", "verb")
@@ -44,21 +47,34 @@ def wordnet_examples(root: Path) -> list[str]:
     return list(_suitable(example for gloss in _glosses(root) for example in re.findall(r'"([^"]+)"', gloss)))
 
 
-def wordnet_definitions(root: Path) -> list[str]:
-    """List first definitions of WordNet's entries, each once and in the order of the files.
-
-    Raises:
-        OSError: WordNet's files are not there.
-    """
-    definitions = (re.sub(r"\([^)]*\)", "", gloss.partition(";")[0]).strip() for gloss in _glosses(root))
-    return list(_suitable(definitions))
-
-
 def spoken_number(rng: np.random.Generator) -> str:
     """Make up a number as one says it: some digits one by one, or one below a million."""
     if rng.random() < 0.5:
         return " ".join(DIGITS[digit] for digit in rng.integers(10, size=rng.integers(2, 8)))
     return in_words(int(10 ** rng.uniform(0.5, 6)))
+
+
+def in_other_forms(sentences: Sequence[str], spare: list[str], *, seed: int, tested: Collection[str]) -> Iterator[str]:
+    """Yield each sentence, or what stands in its place: two sentences in one clip, a phrase of it, or letters.
+
+    Args:
+        sentences: what would be said one by one.
+        spare: sentences of at most half of `MOST_CHARACTERS` that nobody says yet; those that go into pairs are taken
+            from it.
+        tested: normalised texts that are not made.
+    """
+    forms, probabilities = zip(*OTHER_FORM_PROBABILITIES.items(), strict=True)
+    for number, sentence in enumerate(sentences):
+        rng = np.random.default_rng([seed, 3, number])
+        form = rng.choice(forms, p=probabilities)
+        other = sentence
+        if form == "pair" and spare and len(sentence) <= MOST_CHARACTERS // 2:
+            other = f"{sentence.rstrip(' .,;!?')}. {spare.pop()}"
+        elif form == "phrase":
+            other = phrase_of(sentence, rng)
+        elif form == "letters":
+            other = spelled_letters(rng)
+        yield sentence if normalise(other) in tested else other
 
 
 def phrase_of(text: str, rng: np.random.Generator) -> str:

@@ -11,7 +11,16 @@ from mllm.real.ctranslate2 import read_variables
 from mllm.real.packages import check_digest, fetch_debian, package_file
 from mllm.real.recordings import spoken
 from mllm.real.rooms import change
-from mllm.real.sentences import in_words, normalise, spoken_number, wordnet_examples
+from mllm.real.sentences import (
+    MOST_CHARACTERS,
+    in_other_forms,
+    in_words,
+    normalise,
+    phrase_of,
+    spelled_letters,
+    spoken_number,
+    wordnet_examples,
+)
 
 
 def written(
@@ -126,6 +135,40 @@ def test_examples_of_wordnet_are_those_any_voice_can_say(tmp_path: Path) -> None
     line = '0001 00 a 01 able 0 000 | having means; "able to swim"; "Able to swim!"; "able"; "in 1990 it was \xe9"\n'
     (folder / "data.adj").write_text("  1 licence\n" + line, encoding="latin-1")
     assert wordnet_examples(tmp_path) == ["able to swim"]
+
+
+def test_phrases_are_neighbouring_words_of_a_sentence() -> None:
+    sentence = "He didn't steal, he said; he borrowed."
+    said = {phrase_of(sentence, np.random.default_rng(seed)) for seed in range(300)}
+    assert all(f" {phrase} " in f" {normalise(sentence)} " for phrase in said)
+    assert {len(phrase.split()) for phrase in said} == {1, 2, 3}
+    assert {"he", "borrowed", "steal he said"} <= said
+    assert phrase_of("Go!", np.random.default_rng(0)) == "go"
+
+
+def test_letters_are_capitals_which_voices_call_by_their_names() -> None:
+    said = [spelled_letters(np.random.default_rng(seed)) for seed in range(300)]
+    assert all(len(letter) == 1 and letter.isupper() for text in said for letter in text.split())
+    assert {len(text.split()) for text in said} == {1, 2, 3}
+    assert {letter for text in said for letter in text.split()} == set("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+
+
+def test_some_sentences_are_said_in_other_forms() -> None:
+    sentences = [f"the number is {in_words(number)}" for number in range(1000)]
+    spare = [f"a spare one is {in_words(number)}" for number in range(150)]
+    tested = {"the number", "the number is"}
+    said = list(in_other_forms(sentences, left := list(spare), seed=0, tested=tested))
+    assert said == list(in_other_forms(sentences, list(spare), seed=0, tested=tested))
+    pairs = [(one, whole.split(". ")) for one, whole in zip(sentences, said, strict=True) if "." in whole]
+    assert 100 < len(pairs) < 200  # a fifth, but for sentences that are too long to go with another
+    assert all(first == one and len(one) <= MOST_CHARACTERS // 2 for one, (first, _) in pairs)
+    taken = [second for _, (_, second) in pairs]
+    assert len(set(taken)) == len(taken)  # none twice
+    assert sorted([*taken, *left]) == sorted(spare)
+    assert not {normalise(text) for text in said} & tested
+    assert sum(text.isupper() for text in said) in range(5, 50)
+    phrases = [text for one, text in zip(sentences, said, strict=True) if text in one and text != one]
+    assert len(phrases) in range(60, 130)
 
 
 def test_changes_are_a_function_of_the_generator_and_stay_in_range() -> None:

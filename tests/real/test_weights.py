@@ -6,6 +6,7 @@
 import importlib.util
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, WhisperForConditio
 from mllm.checkpoints.pretrained import encoder_config, load_encoder, read_feature_extractor
 from mllm.data.manifest import Media, Message, Sample, Text, write_manifest
 from mllm.evaluation.metrics import corpus, word_errors
-from mllm.real.demo import RealDemoConfig, real_demo
+from mllm.real.corpus import write_corpus
+from mllm.real.demo import RealDemoConfig, corpus_settings, real_demo
 from mllm.real.packages import package_file
 from mllm.real.recordings import Recording, read_recordings
 from mllm.real.report import spoken_by_whisper
@@ -209,3 +211,6 @@ def test_the_demo_runs_end_to_end_on_a_few_clips(tmp_path: Path) -> None:
     assert (tmp_path / "demo" / "rates.png").stat().st_size > 10_000
     assert "he was" in table.transcripts or "| said |" in table.transcripts
     assert set(seconds) == {"parts", "corpus", "training", "evaluation", "whisper"}
+    corpus_of_another_seed = replace(corpus_settings(settings), seed=1)
+    with pytest.raises(ValueError, match="corpus holds clips of other sentences; choose another folder or remove it"):
+        write_corpus(Path(out) / "corpus", corpus_of_another_seed, packages=Path(out) / "packages")
