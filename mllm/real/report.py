@@ -1,4 +1,4 @@
-"""Reports what the demo on real weights findings: a table, a plot and transcripts of some recordings at every rate.
+"""Reports what the demo on real weights finds: a table, a plot and transcripts of some recordings at every rate.
 
 Knows rows and lines of an evaluation, and Whisper's own transcripts. Does not know how they came about.
 """
@@ -27,7 +27,7 @@ MOST_WRONG_PERCENT = 42
 
 @dataclass(frozen=True)
 class RealFindings:
-    """Holds what the demo findings.
+    """Holds what the demo found.
 
     Args:
         scores: word error rates by set and budget.
@@ -168,6 +168,8 @@ def _plot(findings: RealFindings, path: Path) -> None:
             budget.removeprefix("audio="), (position, 0), textcoords="offset points", xytext=(0, 4), ha="center"
         )
     axis.set_xscale("log")
+    axis.set_xticks(positions, [f"{position:.1f}" for position in positions])
+    axis.minorticks_off()
     axis.set_ylim(bottom=0)
     axis.set_xlabel("soft tokens per recording (mean)")
     axis.set_ylabel("word error rate in % (lower is better)")
