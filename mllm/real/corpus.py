@@ -28,7 +28,7 @@ from mllm.real.sentences import MOST_CHARACTERS, in_other_forms, normalise, spok
 from mllm.real.voices import FLITE_PACKAGES, say
 from mllm.synthetic.speech.corpus import write_all
 from mllm.synthetic.speech.synthesis import SAMPLE_RATE_HZ
-from mllm.utils.files import written_whole
+from mllm.utils.files import write_text_whole, written_whole
 
 PROMPT = "Transcript:"
 """Short: a clip has about seven target tokens, and every token of a row costs the same time."""
@@ -129,12 +129,12 @@ def _claim_clips(out: Path, jobs: Sequence[_Job]) -> None:
     """
     lines = [f"{job.path.relative_to(out).as_posix()}\t{job.synthesiser}\t{job.sentence}\n" for job in jobs]
     note, text = out / "said.tsv", "".join(lines)
-    is_known = note.read_text(encoding="utf-8") == text if note.exists() else not any(out.glob("*/*.wav"))
-    if not is_known:
+    if note.exists() and note.read_text(encoding="utf-8") == text:
+        return
+    if note.exists() or any(out.glob("*/*.wav")):  # clips without a note are of a release that wrote none
         raise ValueError(f"{out} holds clips of other sentences; choose another folder or remove it")
     out.mkdir(parents=True, exist_ok=True)
-    with written_whole(note) as aside:
-        aside.write_text(text, encoding="utf-8")
+    write_text_whole(note, text)
 
 
 def _evenly(recordings: Sequence[Recording], count: int | None) -> list[Recording]:

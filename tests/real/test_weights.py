@@ -214,3 +214,6 @@ def test_the_demo_runs_end_to_end_on_a_few_clips(tmp_path: Path) -> None:
     corpus_of_another_seed = replace(corpus_settings(settings), seed=1)
     with pytest.raises(ValueError, match="corpus holds clips of other sentences; choose another folder or remove it"):
         write_corpus(Path(out) / "corpus", corpus_of_another_seed, packages=Path(out) / "packages")
+    (Path(out) / "corpus" / "said.tsv").unlink()
+    with pytest.raises(ValueError, match="corpus holds clips of other sentences"):
+        write_corpus(Path(out) / "corpus", corpus_settings(settings), packages=Path(out) / "packages")
