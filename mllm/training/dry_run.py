@@ -20,9 +20,10 @@ from mllm.budget import Budget
 from mllm.checkpoints.auto_classes import register
 from mllm.config.run import RunConfig
 from mllm.processing.batch import Batch
+from mllm.training.initialization.start_from import start_from
 from mllm.training.memory import ModelMemory, memory_of
 from mllm.training.pipeline.dataset import load_dataset
-from mllm.training.run import build_model, build_trainer, launch, read_config
+from mllm.training.run import build_model, build_trainer, launch, read_config, try_captions
 from mllm.training.step import fixed_views, forward, make_training_batch, num_targets, total_loss
 from mllm.training.trainer import ElasticTrainer
 from mllm.utils.distributed import world_size
@@ -74,7 +75,7 @@ class DryRun:
 def dry_run(config: RunConfig | Mapping[str, Any] | str | Path) -> DryRun:
     """Build a run and try one micro-batch, the fullest of the first ones, forward and backward at each budget.
 
-    Features are not kept and projectors not fitted to captions, so encoders are in every figure.
+    Features are not kept, so encoders are in every figure. Of captions, words learn one step, and nothing is fitted.
 
     Raises:
         ValueError: whatever would stop the run before its first step, or a launcher of several processes.
@@ -89,8 +90,13 @@ def dry_run(config: RunConfig | Mapping[str, Any] | str | Path) -> DryRun:
         data = replace(config.data, num_workers=0, features=None)
         config = replace(config, train=train, data=data)
         arguments = launch(config)
-        dataset = load_dataset(config, fits_captions=False)
+        dataset = load_dataset(config)
         model, processor = build_model(config)
+        if config.train.start_from is not None:
+            start_from(model, config.train.start_from)
+        if config.data.captions:
+            try_captions(config, arguments, model, processor, dataset)
+            del dataset.samples["captions"]
         trainer = build_trainer(config, model, processor, dataset, arguments=arguments)
         inputs = _fullest_batch(trainer)
         batch: Batch = inputs["batch"]

@@ -40,6 +40,7 @@ from mllm.training.experts import COUNTS, PLOT, plot_experts, read_counts
 from mllm.training.feature_cache.building import FeatureSamples, Stores, filled_stores
 from mllm.training.feature_cache.features import FeatureDataset, pass_features_through
 from mllm.training.feature_cache.store import FeatureStore
+from mllm.training.initialization.captions import check_captions
 from mllm.training.initialization.projector_fit import fit_projectors
 from mllm.training.initialization.start_from import start_from
 from mllm.training.initialization.word_decoder import WordDecoder, read_word_decoder
@@ -249,7 +250,7 @@ def build_trainer(
     arguments = arguments or launch(config)
     arguments.facts = _facts(config, model, data)
     sampler = build_sampler(config, processor.space)
-    fits = "captions" in data.samples  # not in a resumed run
+    fits = "captions" in data.samples  # neither in a resumed run nor in a dry one
     if fits and trains_in_shards(model):
         raise ValueError("data.captions cannot be fitted under ZeRO-3, which keeps no projector whole; use ZeRO-2")
     if trains_in_shards(model) and held_names(model):
@@ -257,8 +258,7 @@ def build_trainer(
             "the words of a projector cannot be held under ZeRO-3, which keeps no projector whole; use ZeRO-2"
         )
     # Before features, which take long: a decoder that cannot be had ends the run at once.
-    reads_decoder = fits and config.train.word_decoder is not None
-    decoder = read_word_decoder(str(config.train.word_decoder)) if reads_decoder else None
+    decoder = _decoder(config) if fits else None
     stores = None
     if config.data.features is not None:
         stores = _feature_stores(config, arguments, model, processor, data.for_features())
@@ -399,6 +399,33 @@ def _clean(
 def _reporting(what: str, arguments: ElasticArguments) -> contextlib.AbstractContextManager[Callable[[int, int], None]]:
     """Show a bar of work that goes on before the first step, on the first process."""
     return reporting(what, is_shown=not arguments.disable_tqdm and arguments.process_index == 0)
+
+
+def _decoder(config: RunConfig) -> WordDecoder | None:
+    return None if config.train.word_decoder is None else read_word_decoder(config.train.word_decoder)
+
+
+def try_captions(
+    config: RunConfig,
+    arguments: ElasticArguments,
+    model: Any,
+    processor: ElasticProcessor,
+    data: TrainingData,
+) -> None:
+    """Begin what the captions of a run start, as a dry run does: one step of words, and no fit, but its first batch.
+
+    Raises:
+        ValueError: what would stop the run here, among all captions for words, in one batch of them for the fit.
+        OSError: a decoder that cannot be read.
+    """
+    dataset, scan = _clean(config, processor, data.samples["captions"], None), data.scans["captions"]
+    if word_media(model):
+        once = dataclasses.replace(config, train=dataclasses.replace(config.train, word_steps=1))
+        _teach_words(once, arguments, model.to(arguments.device), processor, dataset, scan, _decoder(config))
+    batches, _ = validation_loader(
+        dataset, scan, config=config.data, processor=processor, budgets=[], slots=_slots(arguments)
+    )
+    check_captions(next(iter(batches))["batch"])
 
 
 def _fit_projectors(

@@ -118,7 +118,8 @@ def test_words_are_learned_beside_projectors_that_are_fitted_and_a_resumed_run_k
     data = {"captions": [str(captions_of(world))]}
     rates = {"learning_rate": 1e-2, "max_steps": 2, "save_every": 1, "word_steps": 3}
     settings = settings_of(world, tmp_path / "run", data=data, audio=audio, **rates)
-    assert dry_run(settings).num_rows > 0  # which learns no words
+    assert dry_run(settings).num_rows > 0
+    assert not (tmp_path / "run").exists()
     train(settings)
     trained = load_file(tmp_path / "run" / TRAINABLES)
     matrix = trained["model.compressors.audio.projectors.0.word_table.said.weight"]
@@ -156,6 +157,25 @@ def test_a_weighted_task_moves_the_model_as_a_larger_loss_does(world: Path, tmp_
     assert any(state["exp_avg"].abs().max() > 1e-6 for state in plain.values())
     for name, state in plain.items():
         torch.testing.assert_close(weighted[name]["exp_avg"], 3.0 * state["exp_avg"], rtol=1e-3, atol=1e-8)
+
+
+def test_a_dry_run_finds_what_would_stop_the_run_at_its_captions_or_its_start(world: Path, tmp_path: Path) -> None:
+    words = {"projector": {"kind": "words", "num_words": 999, "stretch_frames": 2, "hidden_size": 8}}
+    data = {"captions": [str(captions_of(world))]}
+    run = tmp_path / "run"
+    assert dry_run(settings_of(world, run, data=data)).num_rows > 0  # projectors that are fitted
+    with pytest.raises(ValueError, match=r"model.audio.projector.num_words is 999; the captions hold \d+ tokens"):
+        dry_run(settings_of(world, run, data=data, audio=words))
+    image = str(world / "parts" / "image")
+    with pytest.raises(
+        ValueError, match=r"train.word_decoder .*image is a clip_vision_model; allowed: a whole Whisper"
+    ):
+        dry_run(settings_of(world, run, data=data, audio=words, word_decoder=image))
+    with pytest.raises(FileNotFoundError, match=r"train.start_from .*nowhere is no run"):
+        dry_run(settings_of(world, run, start_from=str(tmp_path / "nowhere")))
+    with pytest.raises(ValueError, match=r"sample 'sample1' of data.captions shows 2 media items; a caption has one"):
+        dry_run(settings_of(world, run, data={"captions": [str(world / "validation.jsonl")]}))
+    assert not run.exists()
 
 
 def test_captions_need_projectors_that_train(world: Path, tmp_path: Path) -> None:
