@@ -70,7 +70,7 @@ $(VENV)-page/stamp: $(LOCK) | $(VENV)-page/bin/python
 test-page: $(VENV)-page/stamp
 	OMP_NUM_THREADS=1 $(VENV)-page/bin/python -m pytest tests/page
 
-## make demo-real  a frozen Whisper and a frozen SmolLM2 learn to listen: an hour on 2 cores; report in runs/demo_real
+## make demo-real  a frozen Whisper and a frozen SmolLM2 learn to listen: 41 minutes on 2 cores; report in runs/demo_real
 demo-real: $(VENV)-real/stamp
 	$(VENV)-real/bin/python -m mllm demo --real true
 

@@ -32,7 +32,7 @@ class Settings:
     cores."""
     real: bool = False
     """Let a frozen Whisper base and a frozen SmolLM2 learn to listen instead, and test them on real recordings. It
-    takes an hour on 2 CPU cores, and needs the extra `real`."""
+    takes 41 minutes on 2 CPU cores, and needs the extra `real`."""
     about: Literal["speech", "images"] | None = None
     """What a full demo compares: two elastic speech models, Omni-AVSR-ST and MoME, with eight of one task and rate each
     (the default), or elastic images in the style of M3, MQT and Haar with models of one count of tokens each. Only with

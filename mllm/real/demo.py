@@ -33,7 +33,7 @@ has."""
 class RealDemoConfig:
     """Say how much the demo on real weights does.
 
-    With 12,000 words in place of 15,000 the defaults took 59 minutes on 2 CPU cores that did other work.
+    With 12,000 words in place of 15,000 the defaults took 41 minutes on 2 CPU cores.
     """
 
     out: str = "runs/demo_real"
