@@ -31,10 +31,7 @@ has."""
 
 @dataclass(frozen=True, kw_only=True)
 class RealDemoConfig:
-    """Say how much the demo on real weights does.
-
-    With 12,000 words in place of 15,000 the defaults took 41 minutes on 2 CPU cores.
-    """
+    """Say how much the demo on real weights does; the defaults took 41 minutes on 2 CPU cores."""
 
     out: str = "runs/demo_real"
     """Folder for the parts, the corpus, the run, the evaluation and the report."""
