@@ -79,6 +79,7 @@ def dry_run(config: RunConfig | Mapping[str, Any] | str | Path) -> DryRun:
 
     Raises:
         ValueError: whatever would stop the run before its first step, or a launcher of several processes.
+        OSError: a part, a word decoder or a run to start from that cannot be read.
         FloatingPointError: the loss is no number.
     """
     register()

@@ -418,14 +418,32 @@ def try_captions(
         ValueError: what would stop the run here, among all captions for words, in one batch of them for the fit.
         OSError: a decoder that cannot be read.
     """
-    dataset, scan = _clean(config, processor, data.samples["captions"], None), data.scans["captions"]
-    if word_media(model):
+    dataset = _clean(config, processor, data.samples["captions"], None)
+    if of_words := word_media(model):
         once = dataclasses.replace(config, train=dataclasses.replace(config.train, word_steps=1))
-        _teach_words(once, arguments, model.to(arguments.device), processor, dataset, scan, _decoder(config))
-    batches, _ = validation_loader(
+        model, scan = model.to(arguments.device), data.scans["captions"]
+        _teach_words(once, arguments, model, processor, dataset, scan, _decoder(config))
+    if _fits_others(data.samples["captions"], of_words):
+        batches, _ = _caption_batches(config, arguments, processor, dataset, data.scans["captions"])
+        check_captions(next(iter(batches))["batch"])
+
+
+def _fits_others(samples: Sequence[Sample], of_words: Sequence[str]) -> bool:
+    """Whether captions are of a medium whose projector is fitted to them, in place of learning words."""
+    return bool({part.medium for sample in samples for part in sample.media} - set(of_words))
+
+
+def _caption_batches(
+    config: RunConfig,
+    arguments: ElasticArguments,
+    processor: ElasticProcessor,
+    dataset: ManifestDataset,
+    scan: TokenScan,
+) -> tuple[DataLoader[Any], int]:
+    """Make the loader of this process's captions, clean and in order, and say how many of its batches count."""
+    return validation_loader(
         dataset, scan, config=config.data, processor=processor, budgets=[], slots=_slots(arguments)
     )
-    check_captions(next(iter(batches))["batch"])
 
 
 def _fit_projectors(
@@ -442,16 +460,9 @@ def _fit_projectors(
     dataset = _clean(config, processor, samples, None if stores is None else stores.train)
     if of_words := word_media(model):
         _teach_words(config, arguments, model, processor, dataset, data.scans["captions"], decoder)
-    if not {part.medium for sample in samples for part in sample.media} - set(of_words):
+    if not _fits_others(samples, of_words):
         return
-    batches, num_counted = validation_loader(
-        dataset,
-        data.scans["captions"],
-        config=config.data,
-        processor=processor,
-        budgets=[],
-        slots=_slots(arguments),
-    )
+    batches, num_counted = _caption_batches(config, arguments, processor, dataset, data.scans["captions"])
     with _reporting("reading captions", arguments) as report:
         fit_projectors(model, processor, batches, num_counted=num_counted, progress=report)
 
